@@ -1,0 +1,78 @@
+"""Launch policy of the Triton kernels, as data. Imports neither torch nor triton."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GramConfig:
+    """One way to launch the block Gram. A tile is `block` x `block` rows of the two stacks."""
+
+    block: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8  # tile rows that share the columns they read, for the L2 cache
+    precision: str = "ieee"  # tl.dot input_precision; matters for fp32 operands only
+
+
+@dataclass(frozen=True)
+class FoldConfig:
+    """Launch of the second stage: partial sums to scaled float64 output."""
+
+    block_i: int = 32
+    block_j: int = 64
+    num_warps: int = 4
+    num_stages: int = 2  # its loops run once or twice: nothing to pipeline
+
+
+FOLD = FoldConfig()
+
+# Every line is unmeasured: chosen by register and shared-memory count from compilation, so that no
+# variant spills (README.md has the table, tests/test_triton_gram.py keeps it true). Both Grams of a
+# tile stay in registers: 128 x 128 takes 8 warps and 128 of the 255 registers of a thread, and one
+# program then fills a multiprocessor's register file. "small" is for problems with fewer tile pairs
+# than multiprocessors.
+#
+# sm_80 multiplies from registers: fp32 at full precision (tf32x3: three products, each operand
+# split in two) spills at 128 even with block_k=16, and at 64 with block_k=32.
+AMPERE = {
+    ("half", "large"): GramConfig(block=128, block_k=32, num_warps=8, num_stages=4),
+    ("half", "small"): GramConfig(block=64, block_k=64, num_warps=4, num_stages=4),
+    ("high", "large"): GramConfig(128, 32, num_warps=8, num_stages=3, precision="tf32"),
+    ("high", "small"): GramConfig(64, 32, num_warps=4, num_stages=4, precision="tf32"),
+    ("highest", "large"): GramConfig(64, 16, num_warps=4, num_stages=4, precision="tf32x3"),
+    ("highest", "small"): GramConfig(64, 16, num_warps=4, num_stages=4, precision="tf32x3"),
+    ("fp64", "large"): GramConfig(64, 32, num_warps=8, num_stages=3),
+    ("fp64", "small"): GramConfig(32, 32, num_warps=4, num_stages=3),
+}
+# sm_90 multiplies from shared memory (wgmma): fewer registers, so wider tiles and one more stage
+# (4 x 32 KiB of the 227 KiB). Its fp64 instruction is the one of sm_80; there block_k=32 spills.
+HOPPER = {
+    ("half", "large"): GramConfig(block=128, block_k=64, num_warps=8, num_stages=4),
+    ("half", "small"): GramConfig(block=64, block_k=64, num_warps=4, num_stages=4),
+    ("high", "large"): GramConfig(128, 32, num_warps=8, num_stages=4, precision="tf32"),
+    ("high", "small"): GramConfig(64, 32, num_warps=4, num_stages=4, precision="tf32"),
+    ("highest", "large"): GramConfig(128, 16, num_warps=8, num_stages=4, precision="tf32x3"),
+    ("highest", "small"): GramConfig(64, 32, num_warps=4, num_stages=4, precision="tf32x3"),
+    ("fp64", "large"): GramConfig(64, 16, num_warps=8, num_stages=3),
+    ("fp64", "small"): GramConfig(32, 32, num_warps=4, num_stages=3),
+}
+
+# Small tiles, so that small test problems still have many of them.
+INTERPRETER = GramConfig(block=32, block_k=32, num_warps=1, num_stages=1, group=2)
+
+
+def choose(kind, tile_pairs_at, capability, multiprocessors):
+    """The configuration for operands of `kind` ("half", "high", "highest" or "fp64").
+
+    `tile_pairs_at(block)` counts the tile pairs of the problem. Large tiles read less per product,
+    but below one pair per multiprocessor part of the device is idle: then small tiles win by
+    count, four times as many.
+    """
+    if capability < (8, 0):
+        major, minor = capability
+        raise RuntimeError(f"the Triton block Gram needs sm_80 or newer, this is sm_{major}{minor}")
+    # Parts after Hopper take the table whose shared memory they surely have; unverified there.
+    table = HOPPER if capability[0] in (9, 10) else AMPERE
+    large = table[kind, "large"]
+    return large if tile_pairs_at(large.block) >= multiprocessors else table[kind, "small"]

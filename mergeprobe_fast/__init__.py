@@ -1,0 +1,55 @@
+"""mergeprobe_fast: which LoRA adapters can live together, and the merge itself, from the factors.
+
+>>> import mergeprobe_fast as mpf
+>>> zoo = mpf.open_zoo("examples/zoo")                      # reads headers only
+>>> pairs = mpf.pair_features(zoo)                          # one row per pair
+>>> mpf.merge(zoo, method="svd", rank=16).save("merged")    # PEFT loads it as it is
+
+Names are resolved on first use: importing the package imports neither torch nor any compiled code.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "BackendError": "errors",
+    "FEATURES": "features:PAIR_FEATURES",
+    "InputError": "errors",
+    "MERGE_METHODS": "merging",
+    "MergeprobeError": "errors",
+    "Zoo": "zoo",
+    "adapter_features": "screening",
+    "merge": "merging",
+    "open_zoo": "zoo",
+    "ops": "ops:",
+    "pair_features": "screening",
+}
+
+__all__ = ["__version__", *sorted(_WHERE)]
+
+if TYPE_CHECKING:
+    from mergeprobe_fast import ops
+    from mergeprobe_fast.errors import BackendError, InputError, MergeprobeError
+    from mergeprobe_fast.features import PAIR_FEATURES as FEATURES
+    from mergeprobe_fast.merging import MERGE_METHODS, merge
+    from mergeprobe_fast.screening import adapter_features, pair_features
+    from mergeprobe_fast.zoo import Zoo, open_zoo
+
+
+def __getattr__(name: str) -> Any:
+    where = _WHERE.get(name)
+    if where is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = where.partition(":")
+    found = import_module(f"{__name__}.{module}")
+    value = found if where.endswith(":") else getattr(found, attribute or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

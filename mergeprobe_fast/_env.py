@@ -1,0 +1,40 @@
+"""Every environment variable the package reads, and nothing else.
+
+=======================  =========================================================================
+``MERGEPROBE_ISA``       pins the CPU instruction set: ``avx512``, ``avx2`` or ``baseline``
+``MERGEPROBE_THREADS``   threads for all native code; default: the cores this process may use
+=======================  =========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+
+from mergeprobe_fast.errors import InputError
+
+
+def pinned_isa() -> str:
+    """The instruction set asked for, or "" for the best one this CPU has."""
+    return os.environ.get("MERGEPROBE_ISA", "")
+
+
+def default_threads() -> int:
+    """Threads to use when a caller does not say."""
+    text = os.environ.get("MERGEPROBE_THREADS", "")
+    if text:
+        if not text.isdigit() or int(text) < 1:
+            raise InputError(f"MERGEPROBE_THREADS must be a positive number, got {text!r}")
+        return int(text)
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every platform
+        return os.cpu_count() or 1
+
+
+def threads_or_default(threads: int | None) -> int:
+    """``threads`` checked, or the default for None."""
+    if threads is None:
+        return default_threads()
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise InputError(f"threads must be a positive integer, got {threads!r}")
+    return threads

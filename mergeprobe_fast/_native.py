@@ -1,0 +1,44 @@
+"""The compiled module, loaded on first use, so that importing the package costs and changes nothing.
+
+A failure is remembered and raised again with its cause.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from mergeprobe_fast import _env
+from mergeprobe_fast.errors import BackendError
+
+_core: ModuleType | None = None
+_failure: ImportError | None = None
+
+
+def core() -> ModuleType:
+    """The ``_core`` extension. BackendError when it is missing or does not load."""
+    global _core, _failure
+    if _core is None and _failure is None:
+        try:
+            from mergeprobe_fast import _core as module
+        except ImportError as error:
+            _failure = error
+        else:
+            _core = module
+    if _core is None:
+        raise BackendError(
+            f"the compiled module mergeprobe_fast._core did not load ({_failure}); "
+            "reinstall with a C++17 compiler present"
+        ) from _failure
+    return _core
+
+
+def isa() -> str:
+    """The instruction set in use: MERGEPROBE_ISA, or the best one. BackendError if not available."""
+    available = core().available_isas()
+    pinned = _env.pinned_isa()
+    if pinned and pinned not in available:
+        raise BackendError(
+            f"MERGEPROBE_ISA={pinned}: not available here (this CPU and build have "
+            f"{', '.join(available)})"
+        )
+    return pinned or available[0]

@@ -1,0 +1,119 @@
+"""From sums per module to columns per pair: the concatenated deltas, and statistics over modules."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mergeprobe_fast.features.declare import DOT, Feature, Need, Sums, ratio
+
+AGGREGATES = ("mean", "max", "min", "p10", "p90")
+
+
+class PairBlock:
+    """Pairs (a, b) of adapters ``first`` x ``second``; a < b only when both are the same."""
+
+    def __init__(
+        self, first: np.ndarray, second: np.ndarray, features: list[Feature], needs: list[Need],
+        modules: int, layers: int,
+    ) -> None:  # fmt: skip
+        """``layers=0`` leaves the per-layer profile out."""
+        self.first, self.second = first, second
+        self.symmetric = first is second
+        n1, n2 = len(first), len(second)
+        if self.symmetric:
+            self.i, self.j = np.triu_indices(n1, 1)
+        else:
+            self.i, self.j = (x.ravel() for x in np.indices((n1, n2)))
+        pairs = len(self.i)
+        self.features, self.needs = features, needs
+        self.local = [f for f in features if f.per_module]
+        # NaN: the module is absent, or one of the deltas is zero there.
+        self.values = np.full((len(self.local), modules, pairs), np.nan, np.float32)
+        self.weights = np.zeros((modules, pairs), np.float32)
+        self.total = _zero_sums(pairs, needs)
+        self.layer_dot = np.zeros((layers, pairs)) if layers else None
+        self.layer_energy = np.zeros((2, layers, pairs))
+        self.clipped = 0
+
+    def add(self, module: int, layer: int, sums: Sums) -> None:
+        """Account for one module. ``sums`` holds zeros where an adapter lacks it."""
+        for name, value in vars(self.total).items():
+            if isinstance(value, dict):
+                for need in value:
+                    value[need] += getattr(sums, name)[need]
+            else:
+                value += getattr(sums, name)
+        for k, feature in enumerate(self.local):
+            self.values[k, module] = feature.finish(sums)
+        self.weights[module] = np.sqrt(sums.energy_a) * np.sqrt(sums.energy_b)
+        if self.layer_dot is not None:
+            self.layer_dot[layer] += sums.need[DOT]
+            self.layer_energy[0, layer] += sums.energy_a
+            self.layer_energy[1, layer] += sums.energy_b
+
+    def profile(self) -> np.ndarray:
+        """(pairs, layers) float32 cosine of each layer, NaN where one adapter has nothing there."""
+        length = np.sqrt(self.layer_energy[0]) * np.sqrt(self.layer_energy[1])
+        return np.clip(ratio(self.layer_dot, length), -1.0, 1.0).T.astype(np.float32)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Every column: the feature of the concatenated deltas, then its aggregates over modules.
+
+        Sums run over all modules of either adapter; an absent one has counted as zero.
+        """
+        out: dict[str, np.ndarray] = {}
+        local = {f.name: self.values[k] for k, f in enumerate(self.local)}
+        for f in self.features:
+            out[f.name] = self._clip(f, np.asarray(f.finish(self.total), np.float64))
+            if f.name in local:
+                out.update(self._over_modules(f, local[f.name]))
+        return out
+
+    def _clip(self, f: Feature, values: np.ndarray) -> np.ndarray:
+        if f.bounded is None:
+            return values
+        low, high = f.bounded
+        self.clipped += int(np.count_nonzero((values < low) | (values > high)))
+        return np.clip(values, low, high)
+
+    def _over_modules(self, f: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
+        if f.bounded is not None:
+            values = np.clip(values, *f.bounded)
+        valid = ~np.isnan(values)
+        weight = np.where(valid, self.weights, 0.0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = np.einsum("mp,mp->p", weight, np.where(valid, values, 0.0), dtype=np.float64)
+            mean = mean / weight.sum(0, dtype=np.float64)
+        ordered = np.sort(np.ascontiguousarray(values.T), axis=1)  # NaN last
+        count = valid.sum(0)
+        return {
+            f"{f.name}.mean": mean,
+            f"{f.name}.max": _at(ordered, count - 1.0, count),
+            f"{f.name}.min": _at(ordered, np.zeros(len(count)), count),
+            f"{f.name}.p10": _at(ordered, 0.1 * (count - 1.0), count),
+            f"{f.name}.p90": _at(ordered, 0.9 * (count - 1.0), count),
+        }
+
+
+def _at(ordered: np.ndarray, position: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Linear interpolation between order statistics; NaN where there are none."""
+    if ordered.shape[1] == 0:
+        return np.full(len(ordered), np.nan)
+    position = np.maximum(position, 0.0)
+    low = np.floor(position).astype(np.intp)
+    high = np.minimum(low + 1, np.maximum(count - 1, 0))
+    rows = np.arange(len(ordered))
+    below = ordered[rows, low].astype(np.float64)
+    # The fraction is 0 at the last value, and NaN * 0 must not leak in from beyond it.
+    above = ordered[rows, high].astype(np.float64)
+    return np.where(count > 0, below + (position - low) * (above - below), np.nan)
+
+
+def _zero_sums(pairs: int, needs: list[Need]) -> Sums:
+    def zeros() -> np.ndarray:
+        return np.zeros(pairs)
+
+    return Sums(
+        {n: zeros() for n in needs}, {n: zeros() for n in needs},
+        *(zeros() for _ in range(9)),
+    )  # fmt: skip

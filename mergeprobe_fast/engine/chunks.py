@@ -1,0 +1,197 @@
+"""Factors of some modules, read and brought to canonical form in reused memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergeprobe_fast import _native
+from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.io.read import read_into
+from mergeprobe_fast.ops._tables import BLOCK, JOB, SEGMENT, address
+from mergeprobe_fast.ops.canonical import NOISE, RELATIVE, STATUS
+from mergeprobe_fast.zoo import ProblemTable, Zoo
+
+_LINE = 64  # bytes; factors start on a cache line
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Rows ``rows`` of the problem table: modules [first, last), some of the adapters."""
+
+    first: int
+    last: int
+    rows: np.ndarray  # indices into table.entries, sorted by module, then adapter
+    raw_bytes: int
+    canonical_floats: int
+
+
+def plan_chunks(zoo: Zoo, adapters: np.ndarray, limit: int) -> list[Chunk]:
+    """Consecutive modules whose factors of ``adapters`` take at most ``limit`` bytes in memory.
+
+    A single module that is larger is a chunk of its own.
+    """
+    table = zoo.table
+    wanted = np.zeros(len(zoo), bool)
+    wanted[adapters] = True
+    rows = np.flatnonzero(wanted[table.entries["adapter"]])
+    entries = table.entries[rows]
+    raw = _padded(entries["a_nbytes"]) + _padded(entries["b_nbytes"])
+    sizes = np.array([(m.d_out + m.d_in) for m in zoo.modules], np.int64)
+    floats = sizes[entries["module"]] * entries["rank"]
+    bounds = np.searchsorted(entries["module"], np.arange(len(zoo.modules) + 1))
+    chunks: list[Chunk] = []
+    first = 0
+    while first < len(zoo.modules):
+        last, used = first, 0
+        while last < len(zoo.modules):
+            part = slice(bounds[last], bounds[last + 1])
+            more = int(raw[part].sum() + 4 * floats[part].sum())
+            if last > first and used + more > limit:
+                break
+            used += more
+            last += 1
+        part = slice(bounds[first], bounds[last])
+        if part.stop > part.start:
+            chunks.append(
+                Chunk(first, last, rows[part], int(raw[part].sum()), int(floats[part].sum()))
+            )
+        first = last
+    return chunks
+
+
+def _padded(nbytes: np.ndarray) -> np.ndarray:
+    return (nbytes + _LINE - 1) // _LINE * _LINE
+
+
+class RawFactors:
+    """The bytes of a chunk's factors as they lie in the files, in one reusable buffer."""
+
+    def __init__(self, capacity: int) -> None:
+        self._buffer = np.empty(capacity + _LINE, np.uint8)
+        self._base = -(-address(self._buffer) // _LINE) * _LINE
+
+    def read(self, table: ProblemTable, chunk: Chunk, threads: int) -> RawChunk:
+        """Read the chunk. The result is valid until the next read into the same buffer."""
+        e = table.entries[chunk.rows]
+        n = len(e)
+        nbytes = np.concatenate([e["a_nbytes"], e["b_nbytes"]])
+        starts = np.concatenate([[0], np.cumsum(_padded(nbytes))[:-1]]).astype(np.int64)
+        targets = self._base + starts
+        read_into(
+            table.files,
+            np.concatenate([e["a_file"], e["b_file"]]),
+            np.concatenate([e["a_offset"], e["b_offset"]]),
+            nbytes,
+            targets,
+            threads=threads,
+        )
+        return RawChunk(chunk, e, targets[:n], targets[n:])
+
+
+@dataclass(frozen=True, eq=False)
+class RawChunk:
+    """A chunk in memory: where each entry's A and B start."""
+
+    chunk: Chunk
+    entries: np.ndarray  # of zoo.ENTRY
+    a: np.ndarray  # addresses
+    b: np.ndarray
+
+    def fill(self, records: np.ndarray, zoo: Zoo) -> np.ndarray:
+        """Describe the factors in BLOCK or SEGMENT records: A by rows, B transposed by strides."""
+        d_in = np.array([m.d_in for m in zoo.modules], np.int64)[self.entries["module"]]
+        records["u"]["data"], records["v"]["data"] = self.b, self.a
+        records["u"]["row_stride"], records["u"]["col_stride"] = 1, self.entries["rank"]
+        records["v"]["row_stride"], records["v"]["col_stride"] = d_in, 1
+        records["u"]["dtype"], records["v"]["dtype"] = (
+            self.entries["b_dtype"],
+            self.entries["a_dtype"],
+        )
+        records["rank"] = self.entries["rank"]
+        return records
+
+    def blocks(self, zoo: Zoo) -> np.ndarray:
+        """The factors as they are, for a pass that needs no canonical form."""
+        return self.fill(np.zeros(len(self.entries), BLOCK), zoo)
+
+
+@dataclass(frozen=True, eq=False)
+class CanonicalChunk:
+    """Canonical factors of a chunk: blocks of orthonormal rows, and every spectrum."""
+
+    blocks: np.ndarray  # of BLOCK, rank = numerical rank
+    sigma: np.ndarray  # (entries, widest rank), descending, zero padded
+    rank: np.ndarray  # numerical rank of each entry
+
+
+class CanonicalFactors:
+    """Reusable memory for canonical factors, float32."""
+
+    def __init__(self, capacity: int) -> None:
+        self._buffer = np.empty(capacity, np.float32)
+
+    def compute(self, raw: RawChunk, zoo: Zoo, threads: int) -> CanonicalChunk:
+        """Canonical form of every entry. InputError naming the tensor that is not finite."""
+        e = raw.entries
+        n = len(e)
+        segments = raw.fill(np.zeros(n, SEGMENT), zoo)
+        segments["scale"] = e["scale"]
+        d_out = np.array([m.d_out for m in zoo.modules], np.int64)[e["module"]]
+        d_in = np.array([m.d_in for m in zoo.modules], np.int64)[e["module"]]
+        starts = np.concatenate([[0], np.cumsum((d_out + d_in) * e["rank"])[:-1]]).astype(np.int64)
+        widest = int(e["rank"].max(initial=0))
+        sigma = np.zeros((n, widest))
+        jobs = np.zeros(n, JOB)
+        jobs["d_out"], jobs["d_in"], jobs["max_rank"] = d_out, d_in, e["rank"]
+        base = address(self._buffer)
+        # Dimension-major, so that packing for P1 is a copy without a transpose.
+        jobs["u_out"], jobs["u_row"], jobs["u_col"] = base + 4 * starts, 1, e["rank"]
+        jobs["v_out"] = base + 4 * (starts + d_out * e["rank"])
+        jobs["v_row"], jobs["v_col"] = 1, e["rank"]
+        jobs["sigma"] = np.arange(n) * widest
+        _native.core().canonicalise(
+            segments, np.arange(n + 1), jobs, sigma.reshape(-1), False, False, RELATIVE, NOISE,
+            threads, _native.isa(),
+        )  # fmt: skip
+        self._refuse(jobs, raw, zoo)
+        blocks = np.zeros(n, BLOCK)
+        for side in "uv":
+            blocks[side]["data"] = jobs[f"{side}_out"]
+            blocks[side]["row_stride"], blocks[side]["col_stride"] = 1, e["rank"]
+        blocks["rank"] = jobs["rank"]
+        return CanonicalChunk(blocks, sigma, jobs["rank"].copy())
+
+    @staticmethod
+    def _refuse(jobs: np.ndarray, raw: RawChunk, zoo: Zoo) -> None:
+        for i in np.flatnonzero(jobs["status"])[:1]:
+            status = int(jobs["status"][i])
+            adapter = zoo[int(raw.entries["adapter"][i])]
+            module = adapter.modules[zoo.modules[int(raw.entries["module"][i])].name]
+            factor = module.b if status == 1 else module.a
+            reason = "holds NaN or infinite values" if status < 3 else STATUS[status]
+            raise InputError(reason, path=factor.file.path, key=factor.key)
+
+
+def read_ahead(
+    zoo: Zoo, chunks: list[Chunk], threads: int
+) -> Iterator[RawChunk]:
+    """Each chunk's bytes in turn; the next one is read while the caller computes."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    capacity = max((c.raw_bytes for c in chunks), default=0)
+    buffers = [RawFactors(capacity) for _ in range(min(2, len(chunks)))]
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for i, chunk in enumerate(chunks):
+            current = (
+                buffers[i % 2].read(zoo.table, chunk, threads) if pending is None
+                else pending.result()
+            )  # fmt: skip
+            pending = (
+                pool.submit(buffers[(i + 1) % 2].read, zoo.table, chunks[i + 1], threads)
+                if i + 1 < len(chunks) else None
+            )  # fmt: skip
+            yield current

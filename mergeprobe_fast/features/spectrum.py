@@ -1,0 +1,93 @@
+"""Per-adapter features of the singular values (CATALOGUE.md section 1: A1-A7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class AdapterFeature:
+    """A number per adapter and per module, from all singular values of the delta.
+
+    ``finish`` gets a (rows, k) array of singular values, descending and zero padded.
+    """
+
+    name: str
+    title: str
+    definition: str
+    finish: Callable[[np.ndarray], np.ndarray]
+    source: str
+
+
+def _norm(s: np.ndarray) -> np.ndarray:
+    # Scaled by the largest, so that a delta of norm 1e-200 does not underflow.
+    top = np.maximum(s[:, :1], np.finfo(float).tiny)
+    return top[:, 0] * np.sqrt(np.square(s / top).sum(1))
+
+
+def _shares(s: np.ndarray, power: int) -> np.ndarray:
+    """sigma^power over its sum, NaN rows for a zero delta."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = (s / s[:, :1]) ** power
+        return p / p.sum(1, keepdims=True)
+
+
+def _stable_rank(s: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.square(s / s[:, :1]).sum(1)
+
+
+def _effective_rank(s: np.ndarray) -> np.ndarray:
+    p = _shares(s, 1)
+    return np.exp(-np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), p).sum(1))
+
+
+def _participation(s: np.ndarray) -> np.ndarray:
+    return 1.0 / np.square(_shares(s, 2)).sum(1)
+
+
+def _energy_rank(share: float) -> Callable[[np.ndarray], np.ndarray]:
+    def finish(s: np.ndarray) -> np.ndarray:
+        p = _shares(s, 2)
+        # A share reached up to rounding is reached.
+        count = 1.0 + (np.cumsum(p, 1) < share - 1e-12).sum(1)
+        return np.where(np.isnan(p[:, 0]), np.nan, count)
+
+    return finish
+
+
+SPECTRUM = (
+    AdapterFeature("norm", "Norm", "Frobenius norm of the update.", _norm, "CATALOGUE A1"),
+    AdapterFeature(
+        "spectral_norm", "Spectral norm", "Largest singular value.", lambda s: s[:, 0] + 0.0,
+        "CATALOGUE A3",
+    ),
+    AdapterFeature(
+        "nuclear_norm", "Nuclear norm", "Sum of the singular values.", lambda s: s.sum(1),
+        "CATALOGUE A3",
+    ),
+    AdapterFeature(
+        "stable_rank", "Stable rank", "Squared Frobenius over squared spectral norm.",
+        _stable_rank, "CATALOGUE A4",
+    ),
+    AdapterFeature(
+        "effective_rank", "Effective rank",
+        "exp of the entropy of sigma / sum sigma (Roy and Vetterli).", _effective_rank,
+        "CATALOGUE A5",
+    ),
+    AdapterFeature(
+        "participation", "Participation", "(sum sigma^2)^2 / sum sigma^4.", _participation,
+        "CATALOGUE A6",
+    ),
+    AdapterFeature(
+        "energy_rank_90", "90% energy rank",
+        "Singular values that hold 90% of the squared norm.", _energy_rank(0.90), "CATALOGUE A7",
+    ),
+    AdapterFeature(
+        "energy_rank_99", "99% energy rank",
+        "Singular values that hold 99% of the squared norm.", _energy_rank(0.99), "CATALOGUE A7",
+    ),
+)  # fmt: skip

@@ -1,0 +1,216 @@
+"""Output folders that appear as a whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import InputError
+
+_TEMPORARY = re.compile(r"\..*\.(tmp|old)-[0-9a-f]{16}", re.DOTALL)
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def is_temporary(path: str | os.PathLike[str]) -> bool:
+    """Whether a name is one that ``AtomicFolder`` gives to unfinished or replaced folders."""
+    return _TEMPORARY.fullmatch(os.path.basename(os.fspath(path))) is not None
+
+
+class AtomicFolder:
+    """Context manager: write into the folder it yields, and it becomes ``out`` at the end.
+
+    The yielded folder is a hidden sibling of ``out`` (``.name.tmp-…``). On success all files are
+    synced to disk and the folder is renamed; on any exception it is removed, with the parents that
+    were made for it. A killed process leaves only that hidden folder, which nothing reads and which
+    may be deleted.
+
+    An existing ``out`` is refused at once, or with ``overwrite`` replaced at the end. On Linux the
+    two folders are exchanged in one step, so ``out`` is complete at every moment. Where the file
+    system cannot do that, the old folder is first moved to ``.name.old-…``: a crash in just that
+    instant leaves no ``out``, but the next ``AtomicFolder`` for it moves the old one back.
+
+    Refused in any case: the root, the home folder, the current folder or one above it, something
+    that is not a folder, a symbolic link, and with ``overwrite`` a folder that is, or contains, one
+    of ``inputs``. Refusals, and ``OSError`` from the disk inside the block, are ``InputError``.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        overwrite: bool = False,
+        *,
+        inputs: Iterable[str | os.PathLike[str]] = (),
+    ) -> None:
+        # abspath and not resolve: a link in the last place is refused, not followed.
+        self.out = Path(os.path.abspath(out))
+        self._overwrite = overwrite
+        self._inputs = [Path(path) for path in inputs]
+        self._made: list[Path] = []
+        self._temporary: Path | None = None
+
+    def __enter__(self) -> Path:
+        try:
+            self._recover()
+            self._check()
+            self._make_parents()
+            self._temporary = self._sibling("tmp")
+            self._temporary.mkdir()
+        except OSError as error:
+            self._remove_parents()
+            raise _as_input_error(error, self.out) from error
+        return self._temporary
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                _sync_tree(self._temporary)
+                self._publish()
+        except OSError as failure:
+            self._discard()
+            raise _as_input_error(failure, self.out) from failure
+        except BaseException:
+            self._discard()
+            raise
+        if error is not None:
+            self._discard()
+            if isinstance(error, OSError):
+                raise _as_input_error(error, self.out) from error
+
+    def _check(self) -> None:
+        out = self.out
+        if not out.name:
+            raise InputError("is the root of the file system", path=out)
+        real = out.resolve()
+        if real == Path.home().resolve():
+            raise InputError("is the home folder", path=out)
+        here = Path.cwd()
+        if real == here or real in here.parents:
+            raise InputError("is the current folder or one above it", path=out)
+        if out.is_symlink():
+            raise InputError("is a symbolic link; name a folder", path=out)
+        if not out.exists():
+            return
+        if not out.is_dir():
+            raise InputError("exists and is not a folder", path=out)
+        if not self._overwrite:
+            raise InputError("exists; pass --overwrite to replace it", path=out)
+        for path in self._inputs:
+            source = path.resolve()
+            if source == real or real in source.parents:
+                raise InputError(f"would overwrite the input {path}", path=out)
+
+    def _make_parents(self) -> None:
+        missing = []
+        parent = self.out.parent
+        while not parent.exists():
+            missing.append(parent)
+            parent = parent.parent
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
+
+    def _sibling(self, word: str) -> Path:
+        # File names are limited to 255 bytes; what matters is that the name is recognised.
+        stem = os.fsencode(self.out.name)[:200].decode("utf-8", "ignore")
+        return self.out.with_name(f".{stem}.{word}-{os.urandom(8).hex()}")
+
+    def _publish(self) -> None:
+        temporary, out = self._temporary, self.out
+        if self._overwrite and out.is_dir():
+            if not _exchange(temporary, out):
+                self._move_aside_and_publish()
+                return
+            # What is now under the temporary name is the old folder.
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            os.rename(temporary, out)
+        _sync_folder(out.parent)
+
+    def _move_aside_and_publish(self) -> None:
+        old = self._sibling("old")
+        os.rename(self.out, old)
+        try:
+            os.rename(self._temporary, self.out)
+        except OSError:
+            os.rename(old, self.out)
+            raise
+        _sync_folder(self.out.parent)
+        # Half removed, it must not carry a name that ``_recover`` would bring back.
+        doomed = self._sibling("tmp")
+        os.rename(old, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Undo the first half of a replacement that was killed between its two renames."""
+        if os.path.lexists(self.out) or not self.out.parent.is_dir() or not self.out.name:
+            return
+        prefix = self._sibling("old").name[:-16]
+        moved = [path for path in self.out.parent.iterdir() if path.name.startswith(prefix)]
+        if len(moved) == 1 and is_temporary(moved[0]):
+            os.rename(moved[0], self.out)
+
+    def _discard(self) -> None:
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._remove_parents()
+
+    def _remove_parents(self) -> None:
+        for folder in reversed(self._made):
+            try:
+                folder.rmdir()
+            except OSError:  # something else moved in meanwhile
+                return
+
+
+def _as_input_error(error: OSError, out: Path) -> InputError:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        return InputError("exists; pass --overwrite to replace it", path=out)
+    named = error.filename if isinstance(error.filename, str) else None
+    about = f" ({named})" if named and not is_temporary(Path(named).parent) else ""
+    return InputError(f"cannot be written: {reason}{about}", path=out)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(os.path.join(root, name), os.O_RDONLY)
+        _sync_folder(root)
+
+
+def _sync_folder(folder: str | os.PathLike[str]) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: str | os.PathLike[str], flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no fsync
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or file system cannot."""
+    import ctypes  # only here: every import of the package would pay for it
+
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    paths = (ctypes.c_char_p(os.fsencode(one)), ctypes.c_char_p(os.fsencode(other)))
+    return rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0

@@ -1,0 +1,217 @@
+"""PEFT adapter folders: which there are, what lies in them, and opening them without weights."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from . import strict_json
+from .adapter import AdapterRef
+from .atomic import is_temporary
+from .layout import ModuleTable, Plan, plan_modules
+from .peft_config import ConfigReading, read_config, resolve
+from .safetensors import SafetensorsHeader, read_header, refuse_pickle
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+INDEX_NAME = "adapter_model.safetensors.index.json"
+PICKLE_NAME = "adapter_model.bin"
+_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
+_SIGNS = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, PICKLE_NAME)
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """Everything found in an adapter folder, good and bad, before anyone decides.
+
+    ``open_adapter`` raises the first of ``refused``; ``coverage.check`` lists them all.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    reading: ConfigReading | None
+    headers: tuple[SafetensorsHeader, ...]
+    plan: Plan | None
+    scales: tuple[float, ...] | None  # by position in the plan
+    rank_conflicts: tuple[tuple[int, str], ...]  # (position in the plan, reason)
+    refused: tuple[InputError, ...]
+    notes: tuple[str, ...]
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is, or means to be, a PEFT adapter: it has a config or weights by name.
+
+    A broken adapter counts, so that opening it says what is missing. A temporary folder of an
+    interrupted write does not.
+    """
+    return not is_temporary(path) and any(
+        os.path.isfile(os.path.join(path, name)) for name in _SIGNS
+    )
+
+
+def open_adapter(path: str | os.PathLike[str], name: str | None = None) -> AdapterRef:
+    """Open a PEFT folder: config and headers are read and checked, no weight is read.
+
+    ``name`` defaults to the folder's name. Whatever is not exactly ``scale * B @ A`` on linear,
+    embedding or Conv2d layers is one ``InputError`` naming file, key and reason; when there are
+    more, it says how many.
+    """
+    found = examine(path)
+    if found.refused:
+        raise _first_of(found.refused)
+    assert found.plan and found.scales is not None and found.reading  # nothing refused
+    stamps = tuple(header.stamp for header in found.headers)
+    return AdapterRef(
+        name=name or found.path.name or found.path.resolve().name,
+        path=found.path,
+        format="peft",
+        base_model=found.reading.base_model,
+        modules=ModuleTable(found.plan, stamps, found.scales, found.reading.fan_in_fan_out),
+        config=found.config,
+        notes=found.notes,
+    )
+
+
+def _first_of(refused: tuple[InputError, ...]) -> InputError:
+    first = refused[0]
+    if len(refused) == 1:
+        return first
+    more = f"{first.reason} (1 of {len(refused)} problems; 'mergeprobe-fast check' lists all)"
+    return InputError(more, path=first.path, key=first.key)
+
+
+def examine(path: str | os.PathLike[str]) -> Examination:
+    """Read everything but weights from an adapter folder; never raises, collects refusals."""
+    folder = Path(path)
+    refused: list[InputError] = []
+    names = _list(folder, refused)
+    if not names and not refused:
+        refused.append(InputError("is an empty folder", path=folder))
+    config, reading = _config(folder, names, refused)
+    headers = _headers(folder, names, refused)
+    notes = list(reading.notes) if reading else []
+    if WEIGHTS_NAME in names and PICKLE_NAME in names:
+        notes.append(f"{PICKLE_NAME} lies beside {WEIGHTS_NAME} and is not read")
+    plan = scales = None
+    wrong: tuple[tuple[int, str], ...] = ()
+    if headers:
+        plan = plan_modules(tuple(header.layout for header in headers))
+        notes += plan.notes
+        refused += _refusals(folder, headers, plan)
+        if reading and reading.rules:
+            scales, wrong = resolve(plan, reading.rules)
+            for position, reason in wrong:
+                module = plan.modules[position]
+                where = headers[module.file_a].stamp.path
+                refused.append(InputError(reason, path=where, key=module.name))
+    return Examination(
+        folder, config, reading, headers, plan, scales, wrong, tuple(refused), tuple(notes)
+    )
+
+
+def _list(folder: Path, refused: list[InputError]) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except NotADirectoryError:
+        refused.append(_not_a_folder(folder))
+    except (OSError, ValueError) as error:
+        refused.append(strict_json.unreadable(folder, error))
+    return frozenset()
+
+
+def _not_a_folder(path: Path) -> InputError:
+    try:
+        refuse_pickle(path)
+    except InputError as error:
+        return error
+    return InputError("is a file; a PEFT adapter is a folder", path=path)
+
+
+def _config(
+    folder: Path, names: frozenset[str], refused: list[InputError]
+) -> tuple[dict[str, Any], ConfigReading | None]:
+    if not names:
+        return {}, None
+    path = folder / CONFIG_NAME
+    if CONFIG_NAME not in names:
+        refused.append(InputError(f"has no {CONFIG_NAME}", path=folder))
+        return {}, None
+    try:
+        config = strict_json.read(path)
+    except InputError as error:
+        refused.append(error)
+        return {}, None
+    reading = read_config(config)
+    refused += [InputError(reason, path=path, key=key) for key, reason in reading.refused]
+    return config, reading
+
+
+def _headers(
+    folder: Path, names: frozenset[str], refused: list[InputError]
+) -> tuple[SafetensorsHeader, ...]:
+    if not names:
+        return ()
+    try:
+        return tuple(_read_headers(folder, names))
+    except InputError as error:
+        refused.append(error)
+        return ()
+
+
+def _read_headers(folder: Path, names: frozenset[str]) -> Iterator[SafetensorsHeader]:
+    if WEIGHTS_NAME in names and INDEX_NAME in names:
+        raise InputError(f"has both {WEIGHTS_NAME} and {INDEX_NAME}", path=folder)
+    if WEIGHTS_NAME in names:
+        yield read_header(folder / WEIGHTS_NAME)
+    elif INDEX_NAME in names:
+        yield from _read_shards(folder, names)
+    elif any(_SHARD.fullmatch(name) for name in names):
+        raise InputError(f"has weight shards but no {INDEX_NAME}", path=folder)
+    elif PICKLE_NAME in names:
+        read_header(folder / PICKLE_NAME)  # raises the refusal of pickles
+    else:
+        raise InputError(f"has no {WEIGHTS_NAME}", path=folder)
+
+
+def _read_shards(folder: Path, names: frozenset[str]) -> Iterator[SafetensorsHeader]:
+    """Read all shards; the index and the shards must name the same keys in the same places."""
+    path = folder / INDEX_NAME
+    weight_map = strict_json.read(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError("is not an object of file names", path=path, key="weight_map")
+    for key, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            # Only names of shards in this folder: a path could lead anywhere.
+            reason = f"lies in {shard!r}, which is not a name like adapter_model-00001-of-00002"
+            raise InputError(reason[:300], path=path, key=strict_json.printable(key))
+    shards = sorted(set(weight_map.values()))
+    for shard in sorted(name for name in names if _SHARD.fullmatch(name)):
+        if shard not in shards:
+            raise InputError("is a shard that the index does not name", path=folder / shard)
+    left = dict(weight_map)
+    for shard in shards:
+        header = read_header(folder / shard)
+        for entry in header.layout.entries:
+            if left.pop(entry.key, None) != shard:
+                reason = f"lies in {shard}, the index says otherwise"
+                raise InputError(reason, path=path, key=strict_json.printable(entry.key))
+        yield header
+    if left:
+        key, shard = next(iter(left.items()))
+        raise InputError(f"is not in {shard}", path=path, key=strict_json.printable(key))
+
+
+def _refusals(
+    folder: Path, headers: tuple[SafetensorsHeader, ...], plan: Plan
+) -> Iterator[InputError]:
+    if not plan.modules and not plan.refused:
+        yield InputError("holds no LoRA factors", path=headers[0].stamp.path)
+    if plan.refused:
+        where = {entry.key: h.stamp.path for h in headers for entry in h.layout.entries}
+        for key, reason in plan.refused:
+            yield InputError(reason, path=where[key], key=strict_json.printable(key))

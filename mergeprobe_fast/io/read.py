@@ -1,0 +1,49 @@
+"""Reads weights into memory the caller owns: many ranges of many files in one native call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from mergeprobe_fast import _env, _native
+from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.io.adapter import FileStamp
+
+
+def read_into(
+    files: Sequence[FileStamp],
+    file_index: np.ndarray,
+    offsets: np.ndarray,
+    nbytes: np.ndarray,
+    targets: np.ndarray,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Read ``nbytes[r]`` bytes at ``offsets[r]`` of ``files[file_index[r]]`` to address ``targets[r]``.
+
+    The memory at ``targets`` must stay alive and be large enough. Plain reads, not a mapping: a
+    file that changed since its header was read, or that shrinks meanwhile, is an error, not a
+    crash.
+
+    Raises:
+        InputError: naming the file and what happened to it.
+    """
+    order = np.lexsort((offsets, file_index))
+    used, counts = np.unique(file_index, return_counts=True)
+    bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    stamps = [files[i] for i in used]
+    failure = _native.core().read_files(
+        [os.fsencode(s.path) for s in stamps],
+        np.array([s.size for s in stamps], np.int64),
+        np.array([s.mtime_ns for s in stamps], np.int64),
+        bounds,
+        np.ascontiguousarray(offsets[order], np.int64),
+        np.ascontiguousarray(nbytes[order], np.int64),
+        np.ascontiguousarray(targets[order], np.int64),
+        _env.threads_or_default(threads),
+    )
+    if failure is not None:
+        index, reason = failure
+        raise InputError(reason, path=stamps[index].path)

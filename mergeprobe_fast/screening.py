@@ -1,0 +1,128 @@
+"""The library's view of a screen: features of adapters and of pairs, in one pass over the zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergeprobe_fast import engine
+from mergeprobe_fast.features import ADAPTER_FEATURES, Feature, select
+from mergeprobe_fast.table import AdapterTable, PairTable
+from mergeprobe_fast.zoo import Zoo
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """Everything one pass gives."""
+
+    zoo: Zoo
+    features: list[Feature]
+    adapters: AdapterTable
+    pairs: PairTable
+    layers: list[str]
+    profile: np.ndarray  # (pairs, layers) cosine per layer
+    adapter_profile: np.ndarray  # (adapters, layers) norm per layer
+
+
+def screen(
+    zoo: Zoo,
+    features: str | Sequence[str | Feature] = "default",
+    *,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Screen:
+    """Adapter and pair features and the per-layer profile of a zoo."""
+    chosen = select(features)
+    result = engine.run(zoo, chosen, profile=True, threads=threads, progress=progress)
+    pairs = PairTable(zoo.names, result.a, result.b, result.columns, result.clipped)
+    return Screen(
+        zoo, chosen, _adapter_table(zoo, result), pairs, result.layers, result.profile,
+        _adapter_profile(zoo, result),
+    )  # fmt: skip
+
+
+def pair_features(
+    zoo: Zoo,
+    features: str | Sequence[str | Feature] = "default",
+    *,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> PairTable:
+    """One row per pair of adapters of a zoo.
+
+    Each feature is a column over the concatenated deltas of all modules, and ``<feature>.mean``,
+    ``.max``, ``.min``, ``.p10``, ``.p90`` over the modules both adapters have (the mean weighted by
+    the product of the two norms). NaN: undefined, because a delta is zero or a module is missing.
+
+    Args:
+        zoo: from :func:`mergeprobe_fast.open_zoo`.
+        features: "default", "all", names from ``mergeprobe_fast.FEATURES``, or declarations.
+
+    Raises:
+        InputError: an unknown feature, a file that changed, a factor that is not finite.
+    """
+    chosen = select(features)
+    result = engine.run(zoo, chosen, threads=threads, progress=progress)
+    return PairTable(zoo.names, result.a, result.b, result.columns, result.clipped)
+
+
+def adapter_features(zoo: Zoo, *, threads: int | None = None) -> AdapterTable:
+    """One row per adapter: size, norm and spectrum of its whole delta.
+
+    Singular values of all modules together; ``<feature>.mean`` and ``.max`` are over modules.
+    """
+    return _adapter_table(zoo, engine.run(zoo, [], threads=threads))
+
+
+def _adapter_table(zoo: Zoo, result: engine.PassResult) -> AdapterTable:
+    entries = zoo.table.entries
+    columns: dict[str, list | np.ndarray] = {
+        "name": np.array(zoo.names, dtype=object),
+        "path": np.array([str(a.path) for a in zoo.adapters], dtype=object),
+        "modules": np.array([len(a.modules) for a in zoo.adapters]),
+        "rank": np.array([_ranks(entries, i) for i in range(len(zoo))], dtype=object),
+        "parameters": np.array([a.parameters for a in zoo.adapters]),
+    }
+    owner = entries["adapter"]
+    per_module = {f.name: f.finish(result.sigma) for f in ADAPTER_FEATURES.values()}
+    widest = result.sigma.shape[1] * int(np.bincount(owner, minlength=len(zoo)).max(initial=0))
+    whole = np.zeros((len(zoo), widest))
+    for i in range(len(zoo)):
+        values = np.sort(result.sigma[owner == i].ravel())[::-1]
+        whole[i, : len(values)] = values
+    for name, f in ADAPTER_FEATURES.items():
+        columns[name] = f.finish(whole)
+        if name != "norm":
+            columns[f"{name}.mean"] = _grouped(per_module[name], owner, len(zoo), np.mean)
+            columns[f"{name}.max"] = _grouped(per_module[name], owner, len(zoo), np.max)
+    zero = np.bincount(owner[result.rank == 0], minlength=len(zoo))
+    columns["zero_modules"] = zero
+    return AdapterTable(columns)
+
+
+def _ranks(entries: np.ndarray, adapter: int) -> str:
+    ranks = entries["rank"][entries["adapter"] == adapter]
+    low, high = int(ranks.min()), int(ranks.max())
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _grouped(values: np.ndarray, owner: np.ndarray, count: int, reduce) -> np.ndarray:
+    """Over each adapter's modules, leaving out those that are zero (NaN)."""
+    out = np.full(count, np.nan)
+    for i in range(count):
+        own = values[(owner == i) & ~np.isnan(values)]
+        if own.size:
+            out[i] = reduce(own)
+    return out
+
+
+def _adapter_profile(zoo: Zoo, result: engine.PassResult) -> np.ndarray:
+    layer = np.array([result.layers.index(m.layer) for m in zoo.modules])
+    entries = zoo.table.entries
+    energy = np.zeros((len(zoo), len(result.layers)))
+    np.add.at(
+        energy, (entries["adapter"], layer[entries["module"]]), np.square(result.sigma).sum(1)
+    )
+    return np.sqrt(energy)

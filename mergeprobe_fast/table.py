@@ -1,0 +1,102 @@
+"""Tables of results: named columns, cheap to make, easy to take elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mergeprobe_fast.errors import InputError
+
+
+class Table(Mapping[str, Any]):
+    """Columns of equal length by name; ``table["cosine"]`` is an array."""
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        self._columns = dict(columns)
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._columns[name]
+        except KeyError:
+            known = ", ".join(self._columns)
+            raise KeyError(f"no column {name!r}; there are: {known}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.rows} rows x {len(self)} columns>"
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(next(iter(self._columns.values()), ()))
+
+    def to_pandas(self):
+        """The same as a pandas DataFrame (needs pandas)."""
+        import pandas
+
+        return pandas.DataFrame(self._columns)
+
+    def to_arrow(self):
+        """The same as a pyarrow Table."""
+        import pyarrow
+
+        return pyarrow.table(self._columns)
+
+    def write_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as one parquet file."""
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(self.to_arrow(), os.fspath(path), compression="zstd")
+
+
+class PairTable(Table):
+    """One row per pair of adapters: ``a``, ``b`` (names), then features.
+
+    Attributes:
+        names: the adapters, in the zoo's order.
+        a, b: index of each row's adapters; a < b.
+        clipped: feature values that rounding had put outside their range.
+    """
+
+    def __init__(
+        self, names: Sequence[str], a: np.ndarray, b: np.ndarray, features: Mapping[str, Any],
+        clipped: int = 0,
+    ) -> None:  # fmt: skip
+        named = np.array(names, dtype=object)
+        super().__init__({"a": named[a], "b": named[b], **features})
+        self.names, self.a, self.b, self.clipped = list(names), a, b, clipped
+
+    def matrix(self, name: str) -> np.ndarray:
+        """A column as an (N, N) array in the order of ``names``; NaN on the diagonal.
+
+        Symmetric, unless the feature is directed: then ``matrix("row_capture_a_by_b")[i, j]`` is
+        the share of i's energy captured by j, and its lower triangle comes from the twin column.
+        """
+        if name in ("a", "b"):
+            raise InputError("is not a feature", key=name)
+        values = np.asarray(self[name])
+        out = np.full((len(self.names), len(self.names)), np.nan)
+        out[self.a, self.b] = values
+        out[self.b, self.a] = np.asarray(self[_twin(name, self)])
+        return out
+
+
+def _twin(name: str, table: Mapping[str, Any]) -> str:
+    """The column with a and b exchanged, or the column itself."""
+    base, dot, aggregate = name.partition(".")
+    for one, other in (("_a_by_b", "_b_by_a"), ("_b_by_a", "_a_by_b"), ("_a", "_b"), ("_b", "_a")):
+        if base.endswith(one) and (twin := base.removesuffix(one) + other + dot + aggregate) in table:
+            return twin
+    return name
+
+
+class AdapterTable(Table):
+    """One row per adapter: ``name``, what it is, and its spectrum's features."""

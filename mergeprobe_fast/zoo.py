@@ -1,0 +1,271 @@
+"""A zoo: adapters of one base model, opened lazily, and the problem table that kernels work from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.io.adapter import AdapterRef, FileStamp, ModuleKind, ModuleRef
+from mergeprobe_fast.io.peft import is_adapter, open_adapter
+
+
+class Module(NamedTuple):
+    """One adapted layer of the base model, as all adapters that have it agree."""
+
+    name: str
+    kind: ModuleKind
+    d_out: int
+    d_in: int
+
+    @property
+    def layer(self) -> str:
+        """The block it belongs to: the path up to its first number, or its first part."""
+        match = re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", self.name)
+        return match.group(1) if match else self.name.split(".")[0]
+
+
+class Skipped(NamedTuple):
+    """An adapter left out because of ``skip_bad``, and why."""
+
+    path: Path
+    reason: str
+
+
+ENTRY = np.dtype(
+    [
+        ("module", np.int32),
+        ("adapter", np.int32),
+        ("rank", np.int64),
+        ("scale", np.float64),
+        ("a_file", np.int32),
+        ("b_file", np.int32),
+        ("a_dtype", np.int32),
+        ("b_dtype", np.int32),
+        ("a_offset", np.int64),
+        ("b_offset", np.int64),
+        ("a_nbytes", np.int64),
+        ("b_nbytes", np.int64),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ProblemTable:
+    """Where each (module, adapter) pair's factors lie; sorted by module, then adapter.
+
+    A module that an adapter lacks has no row. Nothing is read, stacked or copied.
+    """
+
+    entries: np.ndarray  # of ENTRY
+    module_bounds: np.ndarray  # (modules + 1,) rows of each module
+    files: list[FileStamp]
+
+
+class Zoo(Sequence[AdapterRef]):
+    """Adapters that share a base model. Indexing gives an :class:`AdapterRef`.
+
+    Attributes:
+        root: the folder it was opened from, or None for a list of paths.
+        adapters: the adapters, sorted by name when they come from a folder, else as listed.
+        modules: every module any of them adapts, in natural order of their paths.
+        notes: what a reader of a report should know.
+        skipped: what ``skip_bad`` left out.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[AdapterRef],
+        *,
+        root: Path | None = None,
+        same_base: bool = False,
+        notes: Iterable[str] = (),
+        skipped: Iterable[Skipped] = (),
+    ) -> None:
+        self.root = root
+        self.adapters = tuple(adapters)
+        self.skipped = tuple(skipped)
+        self.base_model, base_notes = _common_base(self.adapters, same_base)
+        self.modules = _common_modules(self.adapters)
+        own = (f"{a.name}: {note}" for a in self.adapters for note in a.notes)
+        self.notes = (*notes, *base_notes, *own)
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def __getitem__(self, index):
+        return self.adapters[index]
+
+    def __repr__(self) -> str:
+        return f"<Zoo of {len(self)} adapters, {len(self.modules)} modules, {self.base_model}>"
+
+    @property
+    def names(self) -> list[str]:
+        return [a.name for a in self.adapters]
+
+    @cached_property
+    def table(self) -> ProblemTable:
+        """The problem table of all adapters."""
+        from mergeprobe_fast.ops._tables import DTYPE_CODE
+
+        module_index = {m.name: i for i, m in enumerate(self.modules)}
+        files: dict[FileStamp, int] = {}
+        rows = []
+        for i, adapter in enumerate(self.adapters):
+            for name, m in adapter.modules.items():
+                rows.append(
+                    (
+                        module_index[name], i, m.rank, m.scale,
+                        files.setdefault(m.a.file, len(files)),
+                        files.setdefault(m.b.file, len(files)),
+                        DTYPE_CODE[m.a.dtype], DTYPE_CODE[m.b.dtype],
+                        m.a.offset, m.b.offset, m.a.nbytes, m.b.nbytes,
+                    )
+                )  # fmt: skip
+        entries = np.array(rows, ENTRY)
+        entries = entries[np.lexsort((entries["adapter"], entries["module"]))]
+        bounds = np.searchsorted(entries["module"], np.arange(len(self.modules) + 1))
+        return ProblemTable(entries, bounds.astype(np.int64), list(files))
+
+
+def open_zoo(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    same_base: bool = False,
+    skip_bad: bool = False,
+) -> Zoo:
+    """Open a folder of adapters, or a list of adapters and folders; reads headers only.
+
+    A folder is searched recursively; an adapter's own sub-folders (training checkpoints) are not,
+    and are listed in ``notes``. Names are paths relative to the folder.
+
+    Args:
+        same_base: take adapters that declare different base models for the same one (names are
+            free text: paths, repacks). Shapes that disagree are an error all the same.
+        skip_bad: go on without adapters that cannot be used; they are listed in ``skipped``.
+
+    Raises:
+        InputError: nothing found, an adapter that cannot be used, two bases, shapes that disagree.
+    """
+    single = isinstance(paths, (str, os.PathLike))
+    listed = [Path(p) for p in ([paths] if single else paths)]
+    found: list[tuple[str, Path]] = []
+    notes: list[str] = []
+    for path in listed:
+        if is_adapter(path) or not path.is_dir():
+            found.append((path.name or str(path), path))
+        else:
+            inside = list(_search(path, notes))
+            if not inside:
+                raise InputError("no adapters in this folder (adapter_config.json)", path=path)
+            found += inside
+    if not found:
+        raise InputError("no adapters given")
+    names = _unique_names(found)
+    adapters, skipped = [], []
+    seen: dict[Path, str] = {}
+    for name, (_, path) in zip(names, found, strict=True):
+        real = path.resolve()
+        if real in seen:
+            raise InputError(f"is given twice (already as {seen[real]!r})", path=path)
+        seen[real] = name
+        try:
+            adapters.append(open_adapter(path, name=name))
+        except InputError as error:
+            if not skip_bad:
+                raise
+            skipped.append(Skipped(path, str(error)))
+    if not adapters:
+        raise InputError(f"none of {len(skipped)} adapters can be used; first: {skipped[0].reason}")
+    root = listed[0] if single and listed[0].is_dir() else None
+    return Zoo(adapters, root=root, same_base=same_base, notes=notes, skipped=skipped)
+
+
+def _search(root: Path, notes: list[str]) -> Iterable[tuple[str, Path]]:
+    """Adapters below ``root``, in natural order of their relative paths."""
+    inside = []
+    for folder, below, files in os.walk(root, followlinks=True):
+        here = Path(folder)
+        if is_adapter(here):
+            nested = [d for d in below if is_adapter(here / d)]
+            if nested:
+                notes.append(
+                    f"{here.relative_to(root).as_posix()}: {len(nested)} adapters in its "
+                    "sub-folders (checkpoints?) were not opened; list them by path to include them"
+                )
+            below.clear()
+            inside.append((here.relative_to(root).as_posix(), here))
+            continue
+        stray = sum(f.endswith((".safetensors", ".bin", ".pt", ".ckpt")) for f in files)
+        if stray:
+            notes.append(f"{here}: {stray} weight files outside PEFT folders were not opened")
+        if len(here.relative_to(root).parts) > 8:  # a loop of links
+            below.clear()
+    return sorted(inside, key=lambda item: natural(item[0]))
+
+
+def _unique_names(found: Sequence[tuple[str, Path]]) -> list[str]:
+    """Short names where they are unique, else the paths."""
+    count = Counter(name for name, _ in found)
+    return [name if count[name] == 1 else path.as_posix() for name, path in found]
+
+
+def natural(text: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts layers.2 before layers.10."""
+    return [
+        (0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text) if part
+    ]
+
+
+def _common_base(adapters: Sequence[AdapterRef], same: bool) -> tuple[str | None, list[str]]:
+    declared: dict[str, str] = {}
+    silent = []
+    for a in adapters:
+        if a.base_model is None:
+            silent.append(a.name)
+        else:
+            declared.setdefault(a.base_model, a.name)
+    if len(declared) > 1 and not same:
+        (base1, first), (base2, second) = list(declared.items())[:2]
+        raise InputError(
+            f"declares base model {base2!r}, but {first!r} declares {base1!r}; "
+            "if they are the same model, pass --same-base",
+            path=next(a.path for a in adapters if a.name == second),
+        )
+    notes = []
+    if len(declared) > 1:
+        notes.append(f"taken as one base model: {', '.join(sorted(declared))}")
+    if silent:
+        shown = ", ".join(silent[:3]) + (" ..." if len(silent) > 3 else "")
+        notes.append(f"{len(silent)} adapters declare no base model and are taken to fit: {shown}")
+    return next(iter(declared), None), notes
+
+
+def _common_modules(adapters: Sequence[AdapterRef]) -> tuple[Module, ...]:
+    first: dict[str, tuple[Module, AdapterRef]] = {}
+    for adapter in adapters:
+        for name, m in adapter.modules.items():
+            known = first.get(name)
+            if known is None:
+                first[name] = (Module(name, m.kind, m.d_out, m.d_in), adapter)
+            elif (m.kind, m.d_out, m.d_in) != known[0][1:]:
+                _, kind, d_out, d_in = known[0]
+                raise InputError(
+                    f"{_shape(m)} here, {kind} {d_out} x {d_in} in {known[1].name!r}: "
+                    "not the same base model",
+                    path=adapter.path,
+                    key=name,
+                )
+    return tuple(first[name][0] for name in sorted(first, key=natural))
+
+
+def _shape(m: ModuleRef) -> str:
+    return f"{m.kind} {m.d_out} x {m.d_in}"
