@@ -29,7 +29,20 @@ _WHERE = {
     "pair_features": "screening",
 }
 
-__all__ = ["__version__", *sorted(_WHERE)]
+__all__ = [
+    "FEATURES",
+    "MERGE_METHODS",
+    "BackendError",
+    "InputError",
+    "MergeprobeError",
+    "Zoo",
+    "__version__",
+    "adapter_features",
+    "merge",
+    "open_zoo",
+    "ops",
+    "pair_features",
+]
 
 if TYPE_CHECKING:
     from mergeprobe_fast import ops

@@ -1,4 +1,4 @@
-"""The compiled module, loaded on first use, so that importing the package costs and changes nothing.
+"""The compiled module, loaded on first use: importing the package costs and changes nothing.
 
 A failure is remembered and raised again with its cause.
 """
@@ -33,7 +33,7 @@ def core() -> ModuleType:
 
 
 def isa() -> str:
-    """The instruction set in use: MERGEPROBE_ISA, or the best one. BackendError if not available."""
+    """The instruction set in use: MERGEPROBE_ISA, or the best one; BackendError if absent."""
     available = core().available_isas()
     pinned = _env.pinned_isa()
     if pinned and pinned not in available:

@@ -1,4 +1,4 @@
-"""Exceptions. Whatever is wrong with an input is one ``InputError`` that names file, key and reason."""
+"""Exceptions. What is wrong with an input is one ``InputError`` naming file, key and reason."""
 
 from __future__ import annotations
 

@@ -93,8 +93,9 @@ def _twin(name: str, table: Mapping[str, Any]) -> str:
     """The column with a and b exchanged, or the column itself."""
     base, dot, aggregate = name.partition(".")
     for one, other in (("_a_by_b", "_b_by_a"), ("_b_by_a", "_a_by_b"), ("_a", "_b"), ("_b", "_a")):
-        if base.endswith(one) and (twin := base.removesuffix(one) + other + dot + aggregate) in table:
-            return twin
+        if base.endswith(one):
+            twin = base.removesuffix(one) + other + dot + aggregate
+            return twin if twin in table else name
     return name
 
 

@@ -1,4 +1,4 @@
-"""A zoo: adapters of one base model, opened lazily, and the problem table that kernels work from."""
+"""A zoo: adapters of one base model, opened lazily, and the table that kernels work from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.io.adapter import AdapterRef, FileStamp, ModuleKind, ModuleRef
+from mergeprobe_fast.io.adapter import AdapterRef, FileStamp, ModuleKind
 from mergeprobe_fast.io.peft import is_adapter, open_adapter
 
 
@@ -25,6 +25,7 @@ class Module(NamedTuple):
     kind: ModuleKind
     d_out: int
     d_in: int
+    conv_shape: tuple[int, int, int] | None = None  # (in, kernel height, kernel width)
 
     @property
     def layer(self) -> str:
@@ -163,10 +164,7 @@ def open_zoo(
         if is_adapter(path) or not path.is_dir():
             found.append((path.name or str(path), path))
         else:
-            inside = list(_search(path, notes))
-            if not inside:
-                raise InputError("no adapters in this folder (adapter_config.json)", path=path)
-            found += inside
+            found += find_adapters(path, notes)
     if not found:
         raise InputError("no adapters given")
     names = _unique_names(found)
@@ -189,8 +187,11 @@ def open_zoo(
     return Zoo(adapters, root=root, same_base=same_base, notes=notes, skipped=skipped)
 
 
-def _search(root: Path, notes: list[str]) -> Iterable[tuple[str, Path]]:
-    """Adapters below ``root``, in natural order of their relative paths."""
+def find_adapters(root: Path, notes: list[str]) -> list[tuple[str, Path]]:
+    """(relative path, folder) of the adapters below ``root``, in natural order.
+
+    What was passed over is added to ``notes``. InputError when there is none.
+    """
     inside = []
     for folder, below, files in os.walk(root, followlinks=True):
         here = Path(folder)
@@ -209,6 +210,8 @@ def _search(root: Path, notes: list[str]) -> Iterable[tuple[str, Path]]:
             notes.append(f"{here}: {stray} weight files outside PEFT folders were not opened")
         if len(here.relative_to(root).parts) > 8:  # a loop of links
             below.clear()
+    if not inside:
+        raise InputError("no adapters in this folder (adapter_config.json)", path=root)
     return sorted(inside, key=lambda item: natural(item[0]))
 
 
@@ -220,9 +223,8 @@ def _unique_names(found: Sequence[tuple[str, Path]]) -> list[str]:
 
 def natural(text: str) -> list[tuple[int, int | str]]:
     """Sort key that puts layers.2 before layers.10."""
-    return [
-        (0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text) if part
-    ]
+    parts = (part for part in re.split(r"(\d+)", text) if part)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 
 def _common_base(adapters: Sequence[AdapterRef], same: bool) -> tuple[str | None, list[str]]:
@@ -253,13 +255,12 @@ def _common_modules(adapters: Sequence[AdapterRef]) -> tuple[Module, ...]:
     first: dict[str, tuple[Module, AdapterRef]] = {}
     for adapter in adapters:
         for name, m in adapter.modules.items():
-            known = first.get(name)
-            if known is None:
-                first[name] = (Module(name, m.kind, m.d_out, m.d_in), adapter)
-            elif (m.kind, m.d_out, m.d_in) != known[0][1:]:
-                _, kind, d_out, d_in = known[0]
+            conv = m.a.shape[1:] if m.kind == "conv2d" else None
+            module = Module(name, m.kind, m.d_out, m.d_in, conv)
+            known, where = first.setdefault(name, (module, adapter))
+            if module != known:
                 raise InputError(
-                    f"{_shape(m)} here, {kind} {d_out} x {d_in} in {known[1].name!r}: "
+                    f"{_shape(module)} here, {_shape(known)} in {where.name!r}: "
                     "not the same base model",
                     path=adapter.path,
                     key=name,
@@ -267,5 +268,6 @@ def _common_modules(adapters: Sequence[AdapterRef]) -> tuple[Module, ...]:
     return tuple(first[name][0] for name in sorted(first, key=natural))
 
 
-def _shape(m: ModuleRef) -> str:
-    return f"{m.kind} {m.d_out} x {m.d_in}"
+def _shape(m: Module) -> str:
+    d_in = m.d_in if m.conv_shape is None else "x".join(map(str, m.conv_shape))
+    return f"{m.kind} {m.d_out} x {d_in}"

@@ -54,11 +54,11 @@ def trained(config: LoraConfig, *, conv1d: bool = False, seed: int = 0, dtype: A
     return model.to(dtype) if dtype else model
 
 
-def load(path: Path, *, conv1d: bool = False) -> Any:
-    """A fresh base with the adapter from a folder; any warning is an error."""
+def load(path: Path, *, conv1d: bool = False, strict: bool = True) -> Any:
+    """A fresh base with the adapter from a folder; any warning is an error, unless not strict."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error" if strict else "ignore")
         # torch and PEFT internals deprecate things that no adapter can help.
         warnings.simplefilter("ignore", DeprecationWarning)
         return PeftModel.from_pretrained(Mixed(conv1d), str(path))

@@ -309,7 +309,7 @@ def test_trailing_blanks_in_the_header_are_allowed(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".PT", ".pkl"])
 def test_pickles_are_refused_by_name_even_when_absent(tmp_path, suffix):
-    with pytest.raises(InputError, match="pickle.*convert to safetensors"):
+    with pytest.raises(InputError, match=r"pickle.*convert to safetensors"):
         ours.read_header(tmp_path / f"adapter_model{suffix}")
 
 

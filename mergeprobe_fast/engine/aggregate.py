@@ -1,4 +1,4 @@
-"""From sums per module to columns per pair: the concatenated deltas, and statistics over modules."""
+"""From sums per module to columns per pair: of the concatenated deltas, and over modules."""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from mergeprobe_fast import _native
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.io.adapter import AdapterRef
 from mergeprobe_fast.io.read import read_into
 from mergeprobe_fast.ops._tables import BLOCK, JOB, SEGMENT, address
 from mergeprobe_fast.ops.canonical import NOISE, RELATIVE, STATUS
-from mergeprobe_fast.zoo import ProblemTable, Zoo
+from mergeprobe_fast.zoo import Zoo
 
 _LINE = 64  # bytes; factors start on a cache line
 
@@ -69,12 +70,14 @@ def _padded(nbytes: np.ndarray) -> np.ndarray:
 class RawFactors:
     """The bytes of a chunk's factors as they lie in the files, in one reusable buffer."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, zoo: Zoo, capacity: int) -> None:
+        self._zoo = zoo
         self._buffer = np.empty(capacity + _LINE, np.uint8)
         self._base = -(-address(self._buffer) // _LINE) * _LINE
 
-    def read(self, table: ProblemTable, chunk: Chunk, threads: int) -> RawChunk:
+    def read(self, chunk: Chunk, threads: int) -> RawChunk:
         """Read the chunk. The result is valid until the next read into the same buffer."""
+        table = self._zoo.table
         e = table.entries[chunk.rows]
         n = len(e)
         nbytes = np.concatenate([e["a_nbytes"], e["b_nbytes"]])
@@ -88,7 +91,7 @@ class RawFactors:
             targets,
             threads=threads,
         )
-        return RawChunk(chunk, e, targets[:n], targets[n:])
+        return RawChunk(chunk, e, targets[:n], targets[n:], self._buffer, self._zoo)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,10 +102,22 @@ class RawChunk:
     entries: np.ndarray  # of zoo.ENTRY
     a: np.ndarray  # addresses
     b: np.ndarray
+    buffer: np.ndarray
+    zoo: Zoo
 
-    def fill(self, records: np.ndarray, zoo: Zoo) -> np.ndarray:
+    def names(self, row: int) -> tuple[AdapterRef, str]:
+        """The adapter of an entry, and its module's name."""
+        e = self.entries[row]
+        return self.zoo[int(e["adapter"])], self.zoo.modules[int(e["module"])].name
+
+    def view(self, row: int, side: str) -> np.ndarray:
+        """The bytes of an entry's factor "a" or "b"."""
+        start = int(getattr(self, side)[row]) - address(self.buffer)
+        return self.buffer[start : start + int(self.entries[f"{side}_nbytes"][row])]
+
+    def fill(self, records: np.ndarray) -> np.ndarray:
         """Describe the factors in BLOCK or SEGMENT records: A by rows, B transposed by strides."""
-        d_in = np.array([m.d_in for m in zoo.modules], np.int64)[self.entries["module"]]
+        d_in = np.array([m.d_in for m in self.zoo.modules], np.int64)[self.entries["module"]]
         records["u"]["data"], records["v"]["data"] = self.b, self.a
         records["u"]["row_stride"], records["u"]["col_stride"] = 1, self.entries["rank"]
         records["v"]["row_stride"], records["v"]["col_stride"] = d_in, 1
@@ -113,9 +128,9 @@ class RawChunk:
         records["rank"] = self.entries["rank"]
         return records
 
-    def blocks(self, zoo: Zoo) -> np.ndarray:
+    def blocks(self) -> np.ndarray:
         """The factors as they are, for a pass that needs no canonical form."""
-        return self.fill(np.zeros(len(self.entries), BLOCK), zoo)
+        return self.fill(np.zeros(len(self.entries), BLOCK))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +148,11 @@ class CanonicalFactors:
     def __init__(self, capacity: int) -> None:
         self._buffer = np.empty(capacity, np.float32)
 
-    def compute(self, raw: RawChunk, zoo: Zoo, threads: int) -> CanonicalChunk:
+    def compute(self, raw: RawChunk, threads: int) -> CanonicalChunk:
         """Canonical form of every entry. InputError naming the tensor that is not finite."""
-        e = raw.entries
+        zoo, e = raw.zoo, raw.entries
         n = len(e)
-        segments = raw.fill(np.zeros(n, SEGMENT), zoo)
+        segments = raw.fill(np.zeros(n, SEGMENT))
         segments["scale"] = e["scale"]
         d_out = np.array([m.d_out for m in zoo.modules], np.int64)[e["module"]]
         d_in = np.array([m.d_in for m in zoo.modules], np.int64)[e["module"]]
@@ -156,7 +171,7 @@ class CanonicalFactors:
             segments, np.arange(n + 1), jobs, sigma.reshape(-1), False, False, RELATIVE, NOISE,
             threads, _native.isa(),
         )  # fmt: skip
-        self._refuse(jobs, raw, zoo)
+        refuse_failed(jobs, np.arange(n + 1), raw)
         blocks = np.zeros(n, BLOCK)
         for side in "uv":
             blocks[side]["data"] = jobs[f"{side}_out"]
@@ -164,15 +179,22 @@ class CanonicalFactors:
         blocks["rank"] = jobs["rank"]
         return CanonicalChunk(blocks, sigma, jobs["rank"].copy())
 
-    @staticmethod
-    def _refuse(jobs: np.ndarray, raw: RawChunk, zoo: Zoo) -> None:
-        for i in np.flatnonzero(jobs["status"])[:1]:
-            status = int(jobs["status"][i])
-            adapter = zoo[int(raw.entries["adapter"][i])]
-            module = adapter.modules[zoo.modules[int(raw.entries["module"][i])].name]
-            factor = module.b if status == 1 else module.a
-            reason = "holds NaN or infinite values" if status < 3 else STATUS[status]
-            raise InputError(reason, path=factor.file.path, key=factor.key)
+
+def refuse_failed(jobs: np.ndarray, bounds: np.ndarray, raw: RawChunk) -> None:
+    """Raise for the first canonical form that failed, naming the tensor.
+
+    ``bounds``: where each job's entries start in the chunk.
+    """
+    for i in np.flatnonzero(jobs["status"])[:1]:
+        status = int(jobs["status"][i])
+        adapter, name = raw.names(int(bounds[i]) + max(0, int(jobs["bad_segment"][i])))
+        module = adapter.modules[name]
+        factor = module.b if status == 1 else module.a
+        raise InputError(
+            STATUS[status].removeprefix("B ").removeprefix("A "),
+            path=factor.file.path,
+            key=factor.key,
+        )
 
 
 def read_ahead(
@@ -182,16 +204,16 @@ def read_ahead(
     from concurrent.futures import ThreadPoolExecutor
 
     capacity = max((c.raw_bytes for c in chunks), default=0)
-    buffers = [RawFactors(capacity) for _ in range(min(2, len(chunks)))]
+    buffers = [RawFactors(zoo, capacity) for _ in range(min(2, len(chunks)))]
     with ThreadPoolExecutor(1) as pool:
         pending = None
         for i, chunk in enumerate(chunks):
             current = (
-                buffers[i % 2].read(zoo.table, chunk, threads) if pending is None
+                buffers[i % 2].read(chunk, threads) if pending is None
                 else pending.result()
             )  # fmt: skip
             pending = (
-                pool.submit(buffers[(i + 1) % 2].read, zoo.table, chunks[i + 1], threads)
+                pool.submit(buffers[(i + 1) % 2].read, chunks[i + 1], threads)
                 if i + 1 < len(chunks) else None
             )  # fmt: skip
             yield current

@@ -149,7 +149,7 @@ def _fill(
     layer_of = [layers.index(m.layer) for m in zoo.modules]
     done = 0
     for raw in read_ahead(zoo, chunks, threads):
-        form = canonical.compute(raw, zoo, threads)
+        form = canonical.compute(raw, threads)
         rows = raw.chunk.rows
         spectra.sigma[rows, : form.sigma.shape[1]] = form.sigma
         spectra.rank[rows] = form.rank

@@ -98,15 +98,18 @@ def _keys(found: Examination) -> tuple[KeyCoverage, ...]:
     if found.plan is None:
         return ()
     why: dict[str, tuple[Status, str]] = {key: ("ignored", r) for key, r in found.plan.ignored}
-    for position, reason in found.rank_conflicts:
+    for position, reason in found.resolved.conflicts if found.resolved else ():
         module = found.plan.modules[position]
         for entry in (module.a, module.b):
             why[entry.key] = ("refused", reason)
     why.update((key, ("refused", reason)) for key, reason in found.plan.refused)
+    used = {entry.key for module in found.plan.modules for entry in (module.a, module.b)}
+    left_over: tuple[Status, str] = ("refused", "the other factor of its module is refused")
     rows = []
     for layout in found.plan.layouts:
         for entry in layout.entries:
-            status, reason = why.get(entry.key, ("used", None))
+            default = ("used", None) if entry.key in used else left_over
+            status, reason = why.get(entry.key, default)
             rows.append(KeyCoverage(entry.key, status, reason, entry.dtype, entry.shape))
     return tuple(rows)
 
@@ -114,7 +117,9 @@ def _keys(found: Examination) -> tuple[KeyCoverage, ...]:
 def _modules(found: Examination) -> tuple[ModuleCoverage, ...]:
     if found.plan is None:
         return ()
-    scales: Any = found.scales or (None,) * len(found.plan.modules)
+    scales: Any = (None,) * len(found.plan.modules)
+    if found.resolved:
+        scales = found.resolved.scales
     return tuple(
         ModuleCoverage(
             module.name,

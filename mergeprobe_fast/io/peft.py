@@ -14,7 +14,7 @@ from . import strict_json
 from .adapter import AdapterRef
 from .atomic import is_temporary
 from .layout import ModuleTable, Plan, plan_modules
-from .peft_config import ConfigReading, read_config, resolve
+from .peft_config import ConfigReading, Resolution, read_config, resolve
 from .safetensors import SafetensorsHeader, read_header, refuse_pickle
 
 CONFIG_NAME = "adapter_config.json"
@@ -37,8 +37,7 @@ class Examination:
     reading: ConfigReading | None
     headers: tuple[SafetensorsHeader, ...]
     plan: Plan | None
-    scales: tuple[float, ...] | None  # by position in the plan
-    rank_conflicts: tuple[tuple[int, str], ...]  # (position in the plan, reason)
+    resolved: Resolution | None  # None when the config gives no rules
     refused: tuple[InputError, ...]
     notes: tuple[str, ...]
 
@@ -64,14 +63,16 @@ def open_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     found = examine(path)
     if found.refused:
         raise _first_of(found.refused)
-    assert found.plan and found.scales is not None and found.reading  # nothing refused
+    assert found.plan and found.resolved and found.reading  # nothing refused
     stamps = tuple(header.stamp for header in found.headers)
     return AdapterRef(
         name=name or found.path.name or found.path.resolve().name,
         path=found.path,
         format="peft",
         base_model=found.reading.base_model,
-        modules=ModuleTable(found.plan, stamps, found.scales, found.reading.fan_in_fan_out),
+        modules=ModuleTable(
+            found.plan, stamps, found.resolved.scales, found.reading.fan_in_fan_out
+        ),
         config=found.config,
         notes=found.notes,
     )
@@ -97,20 +98,20 @@ def examine(path: str | os.PathLike[str]) -> Examination:
     notes = list(reading.notes) if reading else []
     if WEIGHTS_NAME in names and PICKLE_NAME in names:
         notes.append(f"{PICKLE_NAME} lies beside {WEIGHTS_NAME} and is not read")
-    plan = scales = None
-    wrong: tuple[tuple[int, str], ...] = ()
+    plan = resolved = None
     if headers:
         plan = plan_modules(tuple(header.layout for header in headers))
         notes += plan.notes
         refused += _refusals(folder, headers, plan)
         if reading and reading.rules:
-            scales, wrong = resolve(plan, reading.rules)
-            for position, reason in wrong:
+            resolved = resolve(plan, reading.rules)
+            notes += resolved.notes
+            for position, reason in resolved.conflicts:
                 module = plan.modules[position]
                 where = headers[module.file_a].stamp.path
                 refused.append(InputError(reason, path=where, key=module.name))
     return Examination(
-        folder, config, reading, headers, plan, scales, wrong, tuple(refused), tuple(notes)
+        folder, config, reading, headers, plan, resolved, tuple(refused), tuple(notes)
     )
 
 

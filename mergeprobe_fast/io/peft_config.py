@@ -207,8 +207,11 @@ def _matches(pattern: str, names: ModuleNames) -> tuple[int, ...]:
 
 def find_patterns(
     patterns: Sequence[tuple[str, Any]], names: ModuleNames, default: Any
-) -> list[Any]:
+) -> tuple[list[Any], int | None]:
     """For each module the value of the first pattern that matches it, as PEFT 0.21.2 finds it.
+
+    The second result is the position of a module that several patterns give different values, or
+    None: there the order of the file decides.
 
     `get_pattern_key` in PEFT's `utils/other.py`: `re.match(rf"(.*\\.)?({key})$", name)` in the
     order of the dict. When none matches, PEFT looks the name itself up in the dict, which finds a
@@ -216,21 +219,43 @@ def find_patterns(
     """
     literal = dict(patterns)
     values = [literal.get(name, default) for name in names.names]
+    matched: set[int] = set()
+    ambiguous = None
     for pattern, value in reversed(patterns):
         for position in _matches(pattern, names):
+            if position in matched and values[position] != value:
+                ambiguous = position
+            matched.add(position)
             values[position] = value
-    return values
+    return values, ambiguous
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """Scale rules applied to a plan."""
+
+    scales: tuple[float, ...]  # by position in the plan
+    conflicts: tuple[tuple[int, str], ...]  # (position, reason) where the ranks disagree
+    notes: tuple[str, ...]
 
 
 @lru_cache(maxsize=256)
-def resolve(plan: Plan, rules: ScaleRules) -> tuple[tuple[float, ...], tuple[tuple[int, str], ...]]:
-    """Scale of each planned module, and (position, reason) where the ranks disagree."""
-    ranks = find_patterns(rules.rank_pattern, plan.names, rules.r)
-    alphas = find_patterns(rules.alpha_pattern, plan.names, rules.alpha)
-    wrong = tuple(
+def resolve(plan: Plan, rules: ScaleRules) -> Resolution:
+    """Scale of each planned module. Cached: adapters of one recipe share it."""
+    ranks, _ = find_patterns(rules.rank_pattern, plan.names, rules.r)
+    alphas, ambiguous = find_patterns(rules.alpha_pattern, plan.names, rules.alpha)
+    conflicts = tuple(
         (position, f"the config gives rank {rank}, the tensors have {module.rank}")
         for position, (rank, module) in enumerate(zip(ranks, plan.modules, strict=True))
         if rank != module.rank
     )
     root = math.sqrt if rules.rslora else float
-    return tuple(alpha / root(rank) for alpha, rank in zip(alphas, ranks, strict=True)), wrong
+    scales = tuple(alpha / root(rank) for alpha, rank in zip(alphas, ranks, strict=True))
+    notes: tuple[str, ...] = ()
+    if ambiguous is not None:  # a wrong rank would show in the shapes, a wrong alpha does not
+        name = printable(plan.names.names[ambiguous])
+        notes = (
+            f"several alpha_pattern keys match {name}; the first one is taken, as PEFT loads it, "
+            "but PEFT sorts the keys when it saves: training may have used another",
+        )
+    return Resolution(scales, conflicts, notes)

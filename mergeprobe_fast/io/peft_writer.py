@@ -75,6 +75,9 @@ def write_adapter(
     reads no patterns. Ranks may differ: ``r`` is then the largest, and smaller ones stand in
     ``rank_pattern`` and ``alpha_pattern`` under keys that match one module only.
 
+    ``target_modules`` lists full paths. Should the base have another module whose path ends in
+    ``.<one of them>``, PEFT puts a zero LoRA there and says that its weights are missing.
+
     ``dtype`` is "F32", "BF16" or "F16", rounded to nearest even; a value that is not finite, or not
     any more after rounding, is an ``InputError`` naming the module. ``notes`` go into
     ``mergeprobe_notes.json``. An existing adapter is not overwritten: to replace one, write into

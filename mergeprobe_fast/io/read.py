@@ -21,9 +21,9 @@ def read_into(
     *,
     threads: int | None = None,
 ) -> None:
-    """Read ``nbytes[r]`` bytes at ``offsets[r]`` of ``files[file_index[r]]`` to address ``targets[r]``.
+    """Read ``nbytes[r]`` bytes at ``offsets[r]`` of file ``file_index[r]`` to ``targets[r]``.
 
-    The memory at ``targets`` must stay alive and be large enough. Plain reads, not a mapping: a
+    The memory at the addresses ``targets`` must stay alive and be large enough. Plain reads, not a mapping: a
     file that changed since its header was read, or that shrinks meanwhile, is an error, not a
     crash.
 

@@ -51,7 +51,7 @@ def block_gram(
         accumulate: "fp64" multiplies and sums in float64 (products of float32 are exact there): for
             distances of near-duplicates, leverage, or a Gram that will be inverted.
         threads: default, the cores this process may use. The result does not depend on it.
-        backend: "auto" takes "triton" for CUDA tensors and "cpu" otherwise; a name never falls back.
+        backend: "auto" takes "triton" for CUDA tensors, else "cpu"; a name never falls back.
 
     Returns:
         float64, a numpy array for numpy input and a torch tensor on the same device for torch.

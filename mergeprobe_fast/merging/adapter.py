@@ -1,0 +1,131 @@
+"""The result of a merge, and writing it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import mergeprobe_fast
+from mergeprobe_fast.io.atomic import AtomicFolder
+from mergeprobe_fast.io.peft_writer import RoundedModule, WrittenModule, write_adapter
+from mergeprobe_fast.merging.methods import MergedModule
+from mergeprobe_fast.ops import block_gram
+from mergeprobe_fast.zoo import Zoo
+
+REPORT_NAME = "merge.json"
+
+
+@dataclass(frozen=True, eq=False)
+class MergedAdapter:
+    """One adapter made of several, in memory; ``save`` writes it.
+
+    ``modules`` hold float32 factors with every scale baked in: ``delta = b @ a``.
+    """
+
+    zoo: Zoo
+    method: str
+    weights: np.ndarray
+    rank: int | None  # as asked for
+    dtype: str
+    modules: tuple[MergedModule, ...]
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.zoo.names)
+        return f"<MergedAdapter {self.method} of {names}: {len(self.modules)} modules>"
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any]:
+        """Write a PEFT folder with ``merge.json`` beside the weights; returns the latter's content.
+
+        The folder appears as a whole at the end or not at all. Rounding to ``dtype`` is measured
+        against the float32 result and reported per module.
+
+        Raises:
+            InputError: the folder exists (without ``overwrite``), is one of the inputs, or cannot
+                be written.
+        """
+        inputs = [a.path for a in self.zoo]
+        flags = {
+            name: m.fan_in_fan_out for a in self.zoo for name, m in a.modules.items()
+            if m.fan_in_fan_out
+        }  # fmt: skip
+        with AtomicFolder(folder, overwrite, inputs=inputs) as temporary:
+            written = write_adapter(
+                temporary,
+                base_model=self.zoo.base_model,
+                modules=(
+                    WrittenModule(
+                        m.module.name, m.module.kind, m.a, m.b, 1.0, m.module.conv_shape,
+                        flags.get(m.module.name, False),
+                    )
+                    for m in self.modules
+                ),
+                dtype=self.dtype,
+                task_type=self._agreed("task_type"),
+                revision=self._agreed("revision"),
+            )  # fmt: skip
+            report = self.report(written)
+            text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+            (temporary / REPORT_NAME).write_text(text, encoding="utf-8")
+        return report
+
+    def report(self, written: dict[str, RoundedModule] | None = None) -> dict[str, Any]:
+        """What was done, and the exact error of each module, as plain JSON values."""
+        rows: dict[str, Any] = {}
+        energy = lost = rounded = 0.0
+        for m in self.modules:
+            row: dict[str, Any] = {
+                "rank": int(m.a.shape[0]),
+                "rank_before": m.rank_before,
+                "norm": m.norm,
+                "truncation_error": m.truncation_error,
+                "truncation_error_relative": m.truncation_error / m.norm if m.norm else 0.0,
+                "members": list(m.members),
+            }
+            energy += m.norm**2
+            lost += m.truncation_error**2
+            if written is not None:
+                error = _rounding_error(m, written[m.module.name])
+                rounded += error**2
+                row["rounding_error_relative"] = error / m.norm if m.norm else 0.0
+            rows[m.module.name] = row
+        total = {
+            "norm": float(np.sqrt(energy)),
+            "truncation_error_relative": float(np.sqrt(lost / energy)) if energy else 0.0,
+            "energy_kept": 1.0 - lost / energy if energy else 1.0,
+        }
+        if written is not None:
+            total["rounding_error_relative"] = float(np.sqrt(rounded / energy)) if energy else 0.0
+        return {
+            "tool": f"mergeprobe_fast {mergeprobe_fast.__version__}",
+            "method": self.method,
+            "rank": self.rank,
+            "dtype": self.dtype,
+            "base_model": self.zoo.base_model,
+            "adapters": [
+                {"name": a.name, "path": str(a.path), "weight": float(w)}
+                for a, w in zip(self.zoo, self.weights, strict=True)
+            ],
+            "notes": list(self.zoo.notes),
+            "total": total,
+            "modules": rows,
+        }
+
+    def _agreed(self, key: str) -> Any:
+        values = {json.dumps(a.config.get(key)) for a in self.zoo}
+        return json.loads(values.pop()) if len(values) == 1 else None
+
+
+def _rounding_error(m: MergedModule, written: RoundedModule) -> float:
+    """||written - exact||_F without cancellation: dB A' + B dA, from each factor's rounding."""
+    a, b = written.a, written.b
+    db, da = b - m.b, a - m.a  # neighbours: the differences are exact
+    if not db.any() and not da.any():
+        return 0.0
+    left, right = np.concatenate([db, m.b], axis=1), np.concatenate([a, da])
+    gram = block_gram(left.T, right, np.array([0, len(right)]), accumulate="fp64", threads=1)
+    return float(np.sqrt(max(0.0, gram[0, 0])))
+

@@ -1,0 +1,53 @@
+"""What a merge did, for a terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LISTED_ADAPTERS = 12
+WORST_MODULES = 3
+
+
+def print_merge_summary(
+    report: Mapping[str, Any], console: Console, out_dir: str | os.PathLike[str]
+) -> None:
+    """Print the content of merge.json in short: members, what was kept, where most was lost."""
+    from rich.text import Text
+
+    from mergeprobe_fast.report.terminal import _View
+
+    view = _View(console)
+    adapters, modules, total = report["adapters"], report["modules"], report["total"]
+    ranks = sorted({m["rank"] for m in modules.values()})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+    console.print(
+        Text(f"{report['method']} of {len(adapters)} adapters", style="bold"),
+        f"{len(modules)} modules, rank {rank}, {report['dtype']}",
+        sep="  ",
+    )
+    for adapter in adapters[:LISTED_ADAPTERS]:
+        name = view.text(adapter["name"], console.width - 12)
+        console.print(Text(f"{view.number(adapter['weight']):>8}  ") + name)
+    if len(adapters) > LISTED_ADAPTERS:
+        console.print(f"          and {len(adapters) - LISTED_ADAPTERS} more", style="dim")
+    for note in report["notes"]:
+        console.print(Text("note: ", style="yellow") + Text(view.clean(note), overflow="fold"))
+    console.print()
+    lost = total["truncation_error_relative"]
+    console.print(
+        f"energy kept {total['energy_kept']:.2%}   "
+        f"truncation error {lost:.2%}   "
+        f"rounding to {report['dtype']} {total['rounding_error_relative']:.2%}   (of the norm)"
+    )
+    worst = sorted(modules, key=lambda name: -modules[name]["truncation_error_relative"])
+    for name in worst[: WORST_MODULES if lost > 0 else 0]:
+        error = modules[name]["truncation_error_relative"]
+        console.print(Text(f"{error:8.2%}  ", style="dim") + view.text(name, console.width - 12))
+    console.print()
+    console.print(Text(view.clean(out_dir), style="cyan", overflow="fold"))
+    console.print(Text("  PEFT loads it as it is; merge.json has every module", style="dim"))

@@ -1,0 +1,100 @@
+"""From a finished screen to files: tables, summary and the HTML report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mergeprobe_fast
+from mergeprobe_fast.report.data import FeatureInfo, ScreenReport
+from mergeprobe_fast.report.html import write_html
+from mergeprobe_fast.screening import Screen
+from mergeprobe_fast.table import PairTable
+
+# More than half of each other's energy in common: cosine^2 >= 1/2.
+NEAR_DUPLICATE = 0.5**0.5
+# Deviations of chance below which a cosine is not called aligned or conflicting.
+BEYOND_CHANCE = 4.0
+LISTED = 10
+
+
+def summarise(pairs: PairTable) -> dict[str, list[dict[str, Any]]]:
+    """The pairs worth naming: most aligned, most conflicting, near-duplicates."""
+    if "cosine" not in pairs:
+        return {}
+    cosine = np.asarray(pairs["cosine"])
+    z = np.asarray(pairs["cosine_z"]) if "cosine_z" in pairs else np.sign(cosine) * np.inf
+
+    def listed(keep: np.ndarray, order: np.ndarray, most: int) -> list[dict[str, Any]]:
+        rows = [int(i) for i in order if keep[i]][:most]
+        return [{"a": pairs["a"][i], "b": pairs["b"][i], "cosine": float(cosine[i])} for i in rows]
+
+    with np.errstate(invalid="ignore"):
+        up, down = np.argsort(-cosine, kind="stable"), np.argsort(cosine, kind="stable")
+        twins = cosine >= NEAR_DUPLICATE
+        return {
+            "most_aligned": listed((z > BEYOND_CHANCE) & (cosine > 0), up, LISTED),
+            "most_conflicting": listed((z < -BEYOND_CHANCE) & (cosine < 0), down, LISTED),
+            "near_duplicates": listed(twins, up, len(cosine)),
+        }
+
+
+def screen_report(screen: Screen, command: str) -> ScreenReport:
+    """What the terminal and the page are made from."""
+    zoo = screen.zoo
+    notes = [f"left out: {s.reason}" for s in zoo.skipped] + list(zoo.notes)
+    if screen.pairs.clipped:
+        notes.append(f"{screen.pairs.clipped} values clipped to their range (rounding)")
+    zero = [n for n, v in zip(zoo.names, screen.adapters["norm"], strict=True) if v == 0]
+    if zero:
+        notes.append(f"all-zero update (untrained?): {', '.join(zero[:5])}")
+    features = [
+        FeatureInfo(f.name, f.title, f.definition, f.low, f.high, f.null, f.directed_twin)
+        for f in screen.features
+    ]
+    return ScreenReport(
+        zoo=zoo.root.resolve().name if zoo.root else ", ".join(zoo.names[:3]),
+        base_model=zoo.base_model,
+        version=mergeprobe_fast.__version__,
+        command=command,
+        adapters=dict(screen.adapters),
+        pairs={"a": screen.pairs.a, "b": screen.pairs.b}
+        | {f.name: np.asarray(screen.pairs[f.name]) for f in screen.features},
+        features=features,
+        layers=screen.layers,
+        profile=screen.profile,
+        adapter_profile=screen.adapter_profile,
+        summary=summarise(screen.pairs),
+        notes=notes,
+    )
+
+
+def summary_json(screen: Screen, report: ScreenReport) -> dict[str, Any]:
+    """The machine-readable summary; the same for the same input."""
+    zoo = screen.zoo
+    return {
+        "tool": f"mergeprobe_fast {mergeprobe_fast.__version__}",
+        "zoo": report.zoo,
+        "base_model": zoo.base_model,
+        "adapters": len(zoo),
+        "modules": len(zoo.modules),
+        "pairs": screen.pairs.rows,
+        "features": [f.name for f in screen.features],
+        "lists": report.summary,
+        "notes": list(report.notes),
+        "skipped": [{"path": str(s.path), "reason": s.reason} for s in zoo.skipped],
+    }
+
+
+def write_screen(folder: Path, screen: Screen, report: ScreenReport) -> dict[str, Any]:
+    """Write pairs.parquet, adapters.parquet, summary.json and report.html into ``folder``."""
+    screen.pairs.write_parquet(folder / "pairs.parquet")
+    screen.adapters.write_parquet(folder / "adapters.parquet")
+    summary = summary_json(screen, report)
+    text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / "summary.json").write_text(text, encoding="utf-8")
+    write_html(folder / "report.html", report)
+    return summary
