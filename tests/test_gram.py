@@ -133,7 +133,7 @@ def test_shapes(rng, isa, accumulate, reduce, shape):
 @pytest.mark.parametrize("tiles", ["one_tile", "many_tiles"])
 @pytest.mark.parametrize("accumulate", ACCUMULATE)
 def test_random_ragged(rng, isa, accumulate, tiles):
-    most = 9 if tiles == "one_tile" else 60
+    most = 9 if tiles == "one_tile" else 35
     one = draw(rng, ragged(rng, 30, most), *rng.integers(1, 300, 2))
     two = draw(rng, ragged(rng, 17, most), one[0].shape[1], one[1].shape[1])
     s, s2 = rng.standard_normal(30), rng.standard_normal(17)
@@ -223,8 +223,8 @@ def test_repeated_rows_by_stride_zero(rng, isa):
 @pytest.mark.parametrize("tiles", ["one_tile", "many_tiles"])
 @pytest.mark.parametrize("accumulate", ACCUMULATE)
 def test_threads_and_runs_do_not_change_bytes(rng, isa, accumulate, tiles):
-    ranks = rng.integers(0, 8 if tiles == "one_tile" else 90, 25)
-    one, two = draw(rng, ranks, 70, 45), draw(rng, ranks[::-1], 70, 45)
+    ranks = rng.integers(0, 8 if tiles == "one_tile" else 60, 25)
+    one, two = draw(rng, ranks, 40, 45), draw(rng, ranks[::-1], 40, 45)
     s = rng.standard_normal(25)
     for reduce in REDUCE:
         for stacks in (one, (*one, *two)):
@@ -237,7 +237,7 @@ def test_threads_and_runs_do_not_change_bytes(rng, isa, accumulate, tiles):
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
 @pytest.mark.parametrize("accumulate", ACCUMULATE)
-@pytest.mark.parametrize("most", [8, 90])
+@pytest.mark.parametrize("most", [8, 60])
 def test_symmetric_exactly_and_equal_to_itself_as_second_stack(
     rng, isa, accumulate, most, scaled
 ):
@@ -340,7 +340,8 @@ def test_reference_keeps_not_finite_apart_too(rng, bad):
     u, v, offsets = draw(rng, (2, 3, 1), 6, 5, np.float64)
     good = block_gram(u, v, offsets, accumulate="fp64", backend="reference")
     u[0, 0] = bad
-    p = block_gram(u, v, offsets, accumulate="fp64", backend="reference")
+    with np.errstate(invalid="ignore"):
+        p = block_gram(u, v, offsets, accumulate="fp64", backend="reference")
     assert not np.isfinite(p[0]).any() and not np.isfinite(p[:, 0]).any()
     np.testing.assert_allclose(p[1:, 1:], good[1:, 1:], rtol=1e-13)
 
@@ -351,7 +352,7 @@ def test_numpy_inputs_are_not_copied(rng):
     strided = np.asfortranarray(u)[:, ::2]
     tracemalloc.start()
     block_gram(strided, v, offsets)
-    block_gram(u.astype(np.float16, copy=False) if u.dtype == np.float16 else u, v, offsets)
+    block_gram(u, v, offsets)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100_000, f"{peak} bytes allocated for inputs of {u.nbytes}"
@@ -387,34 +388,38 @@ def test_cosine_error_of_200_adapters(rng, dtype):
     assert np.abs(got - want).max() <= bound("cosine")
 
 
-def rounded(x, bits):
-    """x with that many significant bits."""
-    mantissa, exponent = np.frexp(x)
+def rounded(x, bits=8):
+    """x with that many significant bits; 8 is bf16."""
+    mantissa, exponent = np.frexp(wide(x))
     return np.ldexp(np.round(mantissa * 2.0**bits) / 2.0**bits, exponent)
-
-
-def transposed_block(u, offsets):
-    u = u.copy()
-    u[offsets[1] : offsets[2]] = u[offsets[1] : offsets[2]][::-1]
-    return u
 
 
 def gram_in_bf16(u, v, offsets):
     ones = reference._indicator(np.asarray(offsets))
-    return ones.T @ (rounded(wide(u) @ wide(u).T, 8) * rounded(wide(v) @ wide(v).T, 8)) @ ones
+    return ones.T @ (rounded(wide(u) @ wide(u).T) * rounded(wide(v) @ wide(v).T)) @ ones
+
+
+def symmetric(u, v, offsets, scale):
+    return reference.block_gram(u, v, offsets, scale=scale)
+
+
+def swap(x, i, j):
+    order = np.arange(len(x))
+    order[[i, j]] = j, i
+    return x[order]
 
 
 FAULTS = {
-    "last_column_dropped": lambda u, v, o, s: reference.block_gram(u[:, :-1], v, o, None, None, None, s),
-    "one_row_dropped": lambda u, v, o, s: reference.block_gram(u[:-1], v[:-1], [*o[:-1], o[-1] - 1], None, None, None, s),  # noqa: E501
-    "offsets_off_by_one": lambda u, v, o, s: reference.block_gram(u, v, [0, *(np.asarray(o[1:-1]) + 1), o[-1]], None, None, None, s),  # noqa: E501
-    "two_scales_swapped": lambda u, v, o, s: reference.block_gram(u, v, o, None, None, None, s[[1, 0, *range(2, len(s))]]),  # noqa: E501
-    "scale_on_one_side": lambda u, v, o, s: reference.block_gram(u, v, o, u, v, o, s, None),
-    "block_rows_reversed": lambda u, v, o, s: reference.block_gram(transposed_block(u, o), v, o, None, None, None, s),  # noqa: E501
+    "last_column_dropped": lambda u, v, o, s: symmetric(u[:, :-1], v, o, s),
+    "last_row_dropped": lambda u, v, o, s: symmetric(u[:-1], v[:-1], [*o[:-1], o[-1] - 1], s),
+    "offsets_off_by_one": lambda u, v, o, s: symmetric(u, v, [0, *(o[1:-1] + 1), o[-1]], s),
+    "two_scales_swapped": lambda u, v, o, s: symmetric(u, v, o, swap(s, 0, 1)),
+    "scale_on_one_side": lambda u, v, o, s: reference.block_gram(u, v, o, u, v, o, s),
+    "two_rows_of_u_swapped": lambda u, v, o, s: symmetric(swap(u, 0, 1), v, o, s),
     "gram_in_bf16": lambda u, v, o, s: gram_in_bf16(u, v, o) * np.outer(s, s),
-    "inputs_in_bf16": lambda u, v, o, s: reference.block_gram(rounded(wide(u), 8), v, o, None, None, None, s),  # noqa: E501
-    "v_used_for_u": lambda u, v, o, s: reference.block_gram(v, v, o, None, None, None, s),
-    "lower_triangle_unwritten": lambda u, v, o, s: np.triu(reference.block_gram(u, v, o, None, None, None, s)),  # noqa: E501
+    "inputs_in_bf16": lambda u, v, o, s: symmetric(rounded(u), v, o, s),
+    "v_used_for_u": lambda u, v, o, s: symmetric(v, v, o, s),
+    "triangle_unwritten": lambda u, v, o, s: np.triu(symmetric(u, v, o, s)),
 }
 
 
@@ -422,14 +427,8 @@ FAULTS = {
 def test_float32_bound_catches(rng, fault):
     u, v, offsets = draw(rng, (8, 3, 16, 5), 300, 260)
     s = rng.uniform(0.5, 2, 4)
-    good = reference.block_gram(u, v, offsets, None, None, None, s, s)
     slack = allowed("fp32", u, v, offsets, scale=s, scale2=s)
-    wrong = FAULTS[fault](u, v, offsets, s)
-    if fault in ("scale_on_one_side", "gram_in_bf16"):
-        pass
-    else:
-        wrong = np.asarray(wrong)
-    assert (np.abs(wrong - good) > slack).any()
+    assert (np.abs(FAULTS[fault](u, v, offsets, s) - symmetric(u, v, offsets, s)) > slack).any()
 
 
 def test_float64_bound_catches_float32_accumulation(rng):
