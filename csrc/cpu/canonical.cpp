@@ -18,7 +18,21 @@ constexpr double kDependent = 1e-14;
 constexpr double kRepairCondition = 1e3;
 constexpr i64 kChunk = 256;  // dimensions per block when a small matrix is applied to a factor
 
-using Rows = std::vector<RowRef>;
+// Rows of one matrix that are stacked with those of others.
+struct Part {
+  Matrix m;
+  i64 rank;
+};
+
+struct Stacked {
+  std::vector<Part> parts;
+  i64 rows = 0;
+
+  void add(const Matrix& m, i64 rank) {
+    parts.push_back({m, rank});
+    rows += rank;
+  }
+};
 
 // Small dense row-major matrix.
 struct Dense {
@@ -44,14 +58,11 @@ struct Workspace {
   Buffer<double> panels, product, left;
 };
 
-Rows rows_of(const CanonicalEntry& e, bool u) {
-  Rows rows;
-  for (i64 s = 0; s < e.n_segments; s++) {
-    const Matrix& m = u ? e.segments[s].u : e.segments[s].v;
-    for (i64 a = 0; a < e.segments[s].rank; a++)
-      rows.push_back({at(m, a, 0), m.col_stride, m.dtype});
-  }
-  return rows;
+Stacked stack(const CanonicalEntry& e, bool u) {
+  Stacked s;
+  for (i64 i = 0; i < e.n_segments; i++)
+    s.add(u ? e.segments[i].u : e.segments[i].v, e.segments[i].rank);
+  return s;
 }
 
 class Canonical {
@@ -62,10 +73,9 @@ class Canonical {
     e.rank = e.numerical_rank = 0;
     e.bad_segment = -1;
     e.status = Status::ok;
-    const Rows u = rows_of(e, true), v = rows_of(e, false);
-    const i64 stacked = static_cast<i64>(u.size());
-    std::fill_n(e.sigma, std::min({stacked, e.d_out, e.d_in}), 0.0);
-    if (stacked == 0) return;
+    const Stacked u = stack(e, true), v = stack(e, false);
+    std::fill_n(e.sigma, std::min({u.rows, e.d_out, e.d_in}), 0.0);
+    if (u.rows == 0) return;
     const Dense gram_u = gram(u, e.d_out, w), gram_v = gram(v, e.d_in, w);
     if (!finite(gram_u, e, Status::not_finite_u) || !finite(gram_v, e, Status::not_finite_v)) return;
     const Basis bu = basis(u, e.d_out, gram_u, w), bv = basis(v, e.d_in, gram_v, w);
@@ -115,8 +125,11 @@ class Canonical {
 
   i64 panels(i64 n) const { return (n + g_.lanes - 1) / g_.lanes; }
 
-  Dense gram(const Rows& rows, i64 d, Workspace& w) const {
-    const i64 n = static_cast<i64>(rows.size()), W = g_.lanes, np = panels(n), ld = np * W;
+  Dense gram(const Stacked& stacked, i64 d, Workspace& w) const {
+    const i64 n = stacked.rows, W = g_.lanes, np = panels(n), ld = np * W;
+    std::vector<RowRef> rows;
+    for (const Part& p : stacked.parts)
+      for (i64 a = 0; a < p.rank; a++) rows.push_back({at(p.m, a, 0), p.m.col_stride, p.m.dtype});
     w.panels.reserve(np * W * g_.kc);
     w.product.reserve(np * W * ld);
     if (d == 0) std::fill_n(w.product.data(), np * W * ld, 0.0);
@@ -133,12 +146,12 @@ class Canonical {
     return out;
   }
 
-  // out[d, a] = sum_r t[a, r] rows[r, d], dimensions in chunks that stay in cache.
+  // out[d, a] = sum_r t[a, r] rows[r, d], in chunks of dimensions that stay in cache. It is the
+  // same packed product as everywhere: dimensions are the rows, the stacked rank is the depth.
   template <class Store>
-  void apply(const Dense& t, const Rows& rows, i64 d, Workspace& w, const Store& store) const {
-    const i64 n = static_cast<i64>(rows.size()), W = g_.lanes, np = panels(t.rows), ld = np * W;
+  void apply(const Dense& t, const Stacked& stacked, i64 d, Workspace& w, const Store& store) const {
+    const i64 n = stacked.rows, W = g_.lanes, np = panels(t.rows), ld = np * W;
     const i64 chunk_panels = panels(kChunk);
-    // Both operands in [k-block][panel][k][lane] over the stacked rows as depth.
     w.panels.reserve((np + chunk_panels) * W * n);
     double* const packed_t = w.panels.data();
     double* const packed_rows = packed_t + np * W * n;
@@ -151,14 +164,23 @@ class Canonical {
           for (i64 lane = 0; lane < W; lane++)
             *dst++ = p * W + lane < t.rows ? t[p * W + lane][k0 + k] : 0.0;
     }
+    std::vector<RowRef> dims(W);
     for (i64 d0 = 0; d0 < d; d0 += kChunk) {
       const i64 dc = std::min(kChunk, d - d0), cp = panels(dc);
-      dst = packed_rows;
-      for (i64 k0 = 0; k0 < n; k0 += g_.kc) {
-        const i64 kc = std::min(g_.kc, n - k0);
-        for (i64 p = 0; p < cp; p++, dst += kc * W) {
-          const i64 lanes = std::min(W, dc - p * W);
-          for (i64 k = 0; k < kc; k++) g_.widen_row(rows[k0 + k], d0 + p * W, lanes, dst + k * W);
+      i64 row = 0;
+      for (const Part& part : stacked.parts) {
+        for (i64 a = 0; a < part.rank;) {
+          const i64 k0 = row / g_.kc * g_.kc, kc = std::min(g_.kc, n - k0);
+          const i64 depth = std::min(part.rank - a, k0 + kc - row);
+          for (i64 p = 0; p < cp; p++) {
+            const i64 lanes = std::min(W, dc - p * W);
+            for (i64 i = 0; i < lanes; i++)
+              dims[i] = {at(part.m, a, d0 + p * W + i), part.m.row_stride, part.m.dtype};
+            g_.pack_panel(dims.data(), lanes, 0, depth,
+                          packed_rows + k0 * cp * W + (p * kc + row - k0) * W);
+          }
+          a += depth;
+          row += depth;
         }
       }
       g_.multiply(packed_rows, cp, packed_t, np, n, w.product.data(), ld, false, false);
@@ -166,14 +188,19 @@ class Canonical {
     }
   }
 
-  void write(const Dense& t, const Rows& rows, i64 d, void* out, i64 row, i64 col,
+  void write(const Dense& t, const Stacked& rows, i64 d, void* out, i64 row, i64 col,
              const CanonicalEntry& e, Workspace& w) const {
     auto typed = [&](auto* p) {
       using S = std::remove_reference_t<decltype(*p)>;
       apply(t, rows, d, w, [&](i64 d0, i64 dc, const double* c, i64 ld) {
-        for (i64 i = 0; i < dc; i++)
-          for (i64 a = 0; a < t.rows; a++)
-            p[a * row + (d0 + i) * col] = static_cast<S>(c[i * ld + a]);
+        for (i64 i = 0; i < dc; i++) {
+          S* const to = p + (d0 + i) * col;
+          if (row == 1) {
+            for (i64 a = 0; a < t.rows; a++) to[a] = static_cast<S>(c[i * ld + a]);
+          } else {
+            for (i64 a = 0; a < t.rows; a++) to[a * row] = static_cast<S>(c[i * ld + a]);
+          }
+        }
       });
     };
     if (e.out_dtype == Dtype::f64) {
@@ -194,7 +221,7 @@ class Canonical {
     return true;
   }
 
-  Basis basis(const Rows& rows, i64 d, const Dense& gram, Workspace& w) const {
+  Basis basis(const Stacked& rows, i64 d, const Dense& gram, Workspace& w) const {
     double condition = 1;
     Basis first = cholesky(gram, condition);
     if (first.rank() == 0 || condition < kRepairCondition) return first;
@@ -204,8 +231,8 @@ class Canonical {
     apply(first.transform, rows, d, w, [&](i64 d0, i64 dc, const double* c, i64 ld) {
       for (i64 i = 0; i < dc; i++) std::copy_n(c + i * ld, k, w.left.data() + (d0 + i) * k);
     });
-    Rows q;
-    for (i64 a = 0; a < k; a++) q.push_back({w.left.data() + a, k, Dtype::f64});
+    Stacked q;
+    q.add({w.left.data(), 1, k, Dtype::f64}, k);
     Basis second = cholesky(this->gram(q, d, w), condition);
     return {multiply(second.transform, first.transform),
             multiply(first.coordinates, second.coordinates)};

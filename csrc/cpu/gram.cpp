@@ -38,9 +38,14 @@ struct Stack {
         u.push_back({at(b[i].u, a, 0), b[i].u.col_stride, b[i].u.dtype});
         v.push_back({at(b[i].v, a, 0), b[i].v.col_stride, b[i].v.dtype});
       }
+    // Tiles of equal size leave no thread with a small one while another has a large one.
+    i64 widest = 0;
+    for (i64 i = 0; i < n; i++) widest = std::max(widest, b[i].rank);
+    const i64 count = (rows() + limit - 1) / limit;
+    const i64 even = count > 1 ? std::min(limit, rows() / count + widest) : limit;
     for (i64 i = 0; i < n;) {
       i64 end = i + 1;
-      while (end < n && row_of[end + 1] - row_of[i] <= limit) end++;
+      while (end < n && row_of[end + 1] - row_of[i] <= even) end++;
       tiles.push_back({i, end, row_of[i], row_of[end] - row_of[i]});
       i = end;
     }
@@ -203,7 +208,9 @@ class Run {
     });
     std::vector<std::pair<i64, i64>> pairs;
     for (i64 i = 0; i < first; i++)
-      for (i64 j = symmetric ? i : 0; j < second; j++) pairs.emplace_back(i, j);
+      for (i64 j = symmetric ? i + 1 : 0; j < second; j++) pairs.emplace_back(i, j);
+    // Diagonal tiles cost half: last, they even out the threads.
+    for (i64 i = 0; symmetric && i < first; i++) pairs.emplace_back(i, i);
     const i64 tallest = round_up(s1.largest_tile(), W), widest = round_up(s2.largest_tile(), W);
     parallel_for(static_cast<i64>(pairs.size()), options_.threads, [&](i64 task, int w) {
       const auto [i, j] = pairs[task];

@@ -188,28 +188,6 @@ void pack_panel(const RowRef* rows, i64 n_rows, i64 k0, i64 kc, T* dst) {
       for (i64 i = n_rows; i < W; i++) dst[k * W + i] = T(0);
 }
 
-template <class T, class S>
-void widen_as(const RowRef& row, i64 col, i64 count, T* MP_RESTRICT dst) {
-  constexpr int W = Lanes<T>::count;
-  const S* s = element<T, S>(row, col);
-  if (count == W && row.col_stride == 1) {
-    for (int i = 0; i < W; i++) dst[i] = static_cast<T>(widen(s[i]));
-    return;
-  }
-  for (i64 i = 0; i < count; i++) dst[i] = static_cast<T>(widen(s[i * row.col_stride]));
-  for (i64 i = count; i < W; i++) dst[i] = T(0);
-}
-
-template <class T>
-void widen_row(const RowRef& row, i64 col, i64 count, T* dst) {
-  switch (row.dtype) {
-    case Dtype::f32: return widen_as<T, float>(row, col, count, dst);
-    case Dtype::bf16: return widen_as<T, bf16>(row, col, count, dst);
-    case Dtype::f16: return widen_as<T, f16>(row, col, count, dst);
-    case Dtype::f64: return widen_as<T, double>(row, col, count, dst);
-  }
-}
-
 template <class T, Product X>
 void reduce_as(const T* m, const T* n, i64 ld, i64 rows, i64 columns, const T* weight, T* out) {
   constexpr int W = Lanes<T>::count;
@@ -283,7 +261,7 @@ int jacobi_svd(double* work, i64 m, i64 n, double* v) {
 
 template <class T>
 constexpr GemmKernels<T> gemm_kernels() {
-  return {Lanes<T>::count, kDepth<T>, pack_panel<T>, widen_row<T>, multiply<T>, reduce_rows<T>};
+  return {Lanes<T>::count, kDepth<T>, pack_panel<T>, multiply<T>, reduce_rows<T>};
 }
 
 }  // namespace

@@ -22,8 +22,6 @@ struct GemmKernels {
   i64 kc;
   // Packs up to `lanes` rows, columns [k0, k0 + kc), as dst[k][lane]; missing rows become zeros.
   void (*pack_panel)(const RowRef* rows, i64 n_rows, i64 k0, i64 kc, T* dst);
-  // dst[lane] = row[col + lane] for lane < count <= `lanes`, zeros above.
-  void (*widen_row)(const RowRef& row, i64 col, i64 count, T* dst);
   // C (+)= A B^T over packed operands ([k-block][panel][k][lane]); `upper`: A is B, and only panels
   // on or above the diagonal are written. C has ldc elements per row, ldc a multiple of `lanes`.
   void (*multiply)(const T* a, i64 a_panels, const T* b, i64 b_panels, i64 depth, T* c, i64 ldc,
