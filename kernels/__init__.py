@@ -10,16 +10,6 @@ __all__ = ["block_gram"]
 def __getattr__(name):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from .gram import block_gram
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "triton"):
-            raise
-        raise RuntimeError(
-            f"the Triton backend needs the package {error.name!r}, which is not installed"
-        ) from error
+    from .gram import block_gram
+
     return block_gram
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])

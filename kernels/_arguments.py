@@ -73,7 +73,9 @@ def _stack(names, U, V, offsets, scale, like, accumulate):
             f"{names[0]} and {names[1]} must have as many rows, got {U.shape[0]} and {V.shape[0]}"
         )
     bounds = _bounds(names[2], offsets, U.shape[0])
-    return Stack(U, V, bounds, _scale(names[3], scale, len(bounds) - 1, like.device))
+    return Stack(
+        U.detach(), V.detach(), bounds, _scale(names[3], scale, len(bounds) - 1, like.device)
+    )
 
 
 def _factor(name, x, like, accumulate):
@@ -90,12 +92,10 @@ def _factor(name, x, like, accumulate):
 
 
 def _bounds(name, offsets, rows):
-    offsets = torch.as_tensor(offsets)
-    if offsets.ndim != 1 or offsets.numel() == 0 or offsets.dtype != torch.int64:
-        raise ValueError(
-            f"{name} must be int64 of shape (N + 1,), "
-            f"got {offsets.dtype} of shape {tuple(offsets.shape)}"
-        )
+    if not hasattr(offsets, "dtype") or not str(offsets.dtype).endswith("int64"):
+        raise TypeError(f"{name} must be an int64 tensor or array")
+    if offsets.ndim != 1 or len(offsets) == 0:
+        raise ValueError(f"{name} must have shape (N + 1,), got {tuple(offsets.shape)}")
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
         raise ValueError(f"{name} must rise from 0 to the number of rows, {rows}")
@@ -105,10 +105,10 @@ def _bounds(name, offsets, rows):
 def _scale(name, scale, count, device):
     if scale is None:
         return None
-    scale = torch.as_tensor(scale, dtype=torch.float64, device=device)
+    scale = scale if isinstance(scale, torch.Tensor) else torch.tensor(scale)
     if tuple(scale.shape) != (count,):
         raise ValueError(f"{name} must have shape ({count},), got {tuple(scale.shape)}")
-    return scale.contiguous()
+    return scale.detach().to(device, torch.float64).contiguous()
 
 
 def _one_of(name, value, allowed):

@@ -13,6 +13,7 @@ class GramConfig:
     num_stages: int
     group: int = 8  # tile rows that share the columns they read, for the L2 cache
     precision: str = "ieee"  # tl.dot input_precision; matters for fp32 operands only
+    maxnreg: int | None = None  # only where ptxas would rather spill than give up a program
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,16 @@ FOLD = FoldConfig()
 # than multiprocessors.
 #
 # sm_80 multiplies from registers: fp32 at full precision (tf32x3: three products, each operand
-# split in two) spills at 128 even with block_k=16, and at 64 with block_k=32.
+# split in two) spills at 128 even with block_k=16, and at 64 on 4 warps.
 AMPERE = {
     ("half", "large"): GramConfig(block=128, block_k=32, num_warps=8, num_stages=4),
     ("half", "small"): GramConfig(block=64, block_k=64, num_warps=4, num_stages=4),
     ("high", "large"): GramConfig(128, 32, num_warps=8, num_stages=3, precision="tf32"),
     ("high", "small"): GramConfig(64, 32, num_warps=4, num_stages=4, precision="tf32"),
-    ("highest", "large"): GramConfig(64, 16, num_warps=4, num_stages=4, precision="tf32x3"),
-    ("highest", "small"): GramConfig(64, 16, num_warps=4, num_stages=4, precision="tf32x3"),
+    ("highest", "large"): GramConfig(64, 16, num_warps=8, num_stages=4, precision="tf32x3"),
+    ("highest", "small"): GramConfig(64, 16, num_warps=8, num_stages=4, precision="tf32x3"),
     ("fp64", "large"): GramConfig(64, 32, num_warps=8, num_stages=3),
-    ("fp64", "small"): GramConfig(32, 32, num_warps=4, num_stages=3),
+    ("fp64", "small"): GramConfig(32, 32, num_warps=4, num_stages=3, maxnreg=128),
 }
 # sm_90 multiplies from shared memory (wgmma): fewer registers, so wider tiles and one more stage
 # (4 x 32 KiB of the 227 KiB). Its fp64 instruction is the one of sm_80; there block_k=32 spills.
@@ -62,12 +63,12 @@ HOPPER = {
 INTERPRETER = GramConfig(block=32, block_k=32, num_warps=1, num_stages=1, group=2)
 
 
-def choose(kind, tile_pairs_at, capability, multiprocessors):
+def choose(kind, reduce, tile_pairs_at, capability, multiprocessors):
     """The configuration for operands of `kind` ("half", "high", "highest" or "fp64").
 
     `tile_pairs_at(block)` counts the tile pairs of the problem. Large tiles read less per product,
-    but below one pair per multiprocessor part of the device is idle: then small tiles win by
-    count, four times as many.
+    but with fewer pairs than multiprocessors part of the device is idle. Without a reduction every
+    element of the tile is stored, and the addresses of a large tile spill.
     """
     if capability < (8, 0):
         major, minor = capability
@@ -75,4 +76,5 @@ def choose(kind, tile_pairs_at, capability, multiprocessors):
     # Parts after Hopper take the table whose shared memory they surely have; unverified there.
     table = HOPPER if capability[0] in (9, 10) else AMPERE
     large = table[kind, "large"]
-    return large if tile_pairs_at(large.block) >= multiprocessors else table[kind, "small"]
+    fills = tile_pairs_at(large.block) >= multiprocessors
+    return large if fills and reduce != "none" else table[kind, "small"]

@@ -3,13 +3,20 @@
 import contextlib
 
 import torch
-import triton
-import triton.language as tl
 
 from . import _arguments, _configs
+from ._tiles import cut, cut_rows
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    raise RuntimeError("the Triton backend needs the package triton, which is missing") from error
+
 from ._fold import fold_arguments, fold_kernel
 from ._gram_tile import block_gram_kernel
-from ._tiles import cut, cut_rows
 
 INTERPRETED = not isinstance(block_gram_kernel, triton.JITFunction)
 TRITON_DTYPE = {
@@ -39,8 +46,8 @@ def block_gram(
     U (R, p) and V (R, q) have any strides; `offsets` (N + 1) bounds the segments of their rows. The
     second stack (U2, V2, offsets2) is the first one when it is not given; then only half of the
     tiles are computed. `reduce` sums both sides (N, M), columns only (R, M) or nothing (R, R2).
-    bf16 and fp16 are read exactly. `precision` is about fp32 factors: "highest" keeps their 24 bits
-    (to about 2**-21 per product), "high" rounds them to tf32. `accumulate="fp64"` is exact to
+    bf16 and fp16 are read exactly. `precision` is about fp32 factors: "highest" is good to
+    2**-20 per product, "high" rounds them to tf32 (2**-11). `accumulate="fp64"` is exact to
     float64 rounding for every dtype.
     """
     first, second = _arguments.check(
@@ -54,7 +61,7 @@ def block_gram(
     if out.numel() == 0 or first.rows == 0 or other.rows == 0:
         return out.zero_()
     with on_device:
-        config = _choose(first, second, accumulate, precision)
+        config = _choose(first, second, reduce, accumulate, precision)
         for kernel, grid, arguments in launches(first, second, reduce, accumulate, config, out):
             kernel[grid](**arguments)
     return out
@@ -135,6 +142,7 @@ def launches(first, second, reduce, accumulate, config, out):
             GROUP=config.group,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            maxnreg=config.maxnreg,
             enable_fp_fusion=True,  # the default, and so the bits, change with Triton 3.10
         ),
     )
@@ -189,7 +197,7 @@ def _device_guard(device):
     return torch.cuda.device(device)
 
 
-def _choose(first, second, accumulate, precision):
+def _choose(first, second, reduce, accumulate, precision):
     if INTERPRETED:
         return _configs.INTERPRETER
     other = second or first
@@ -207,4 +215,4 @@ def _choose(first, second, accumulate, precision):
 
     device = torch.cuda.get_device_properties(first.U.device)
     capability = (device.major, device.minor)
-    return _configs.choose(kind, tile_pairs, capability, device.multi_processor_count)
+    return _configs.choose(kind, reduce, tile_pairs, capability, device.multi_processor_count)

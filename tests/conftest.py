@@ -10,6 +10,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+# Before numpy: oracles on small matrices wait for each other's threads longer than they compute.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 
@@ -47,7 +50,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class PoisonedNumpy:
-    """numpy, except that what ``empty`` returns is NaN (all bits set), so unwritten output shows."""
+    """numpy, but ``empty`` returns NaN (all bits set), so that unwritten output shows."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -27,7 +28,9 @@ def wide(x):
     return reference.float64(x)
 
 
-def absolute(U, V, offsets, U2=None, V2=None, offsets2=None, scale=None, scale2=None, reduce="both"):
+def absolute(
+    U, V, offsets, U2=None, V2=None, offsets2=None, scale=None, scale2=None, reduce="both"
+):
     """The same sum over absolute values: what errors are relative to."""
 
     def positive(x):
@@ -185,7 +188,7 @@ LAYOUTS = {
     "row_step": lambda x: np.repeat(x, 2, axis=0)[1::2],
     "reversed_rows": lambda x: x[::-1].copy()[::-1],
     "reversed_columns": lambda x: x[:, ::-1].copy()[:, ::-1],
-    "inside_a_larger_one": lambda x: np.pad(x, ((2, 1), (3, 5)), constant_values=np.nan)[2:-1, 3:-5],
+    "inside_a_larger": lambda x: np.pad(x, ((2, 1), (3, 5)), constant_values=np.nan)[2:-1, 3:-5],
     "transposed_step": lambda x: np.repeat(x.T, 2, axis=0)[::2].T,
     "read_only": frozen,
     "torch": torch.from_numpy,
@@ -267,7 +270,7 @@ def test_permutation_of_adapters(rng, isa):
 def gauge(rng, u, v, offsets):
     """B M^-1 and M A of every block, M orthogonal times singular values 1 to 5."""
     u, v = u.copy(), v.copy()
-    for i, j in zip(offsets[:-1], offsets[1:], strict=True):
+    for i, j in itertools.pairwise(offsets):
         left, _ = np.linalg.qr(rng.standard_normal((j - i, j - i)))
         right, _ = np.linalg.qr(rng.standard_normal((j - i, j - i)))
         m = left @ np.diag(np.geomspace(1, 5, j - i)) @ right if j > i else left

@@ -41,8 +41,9 @@ struct Stack {
     // Tiles of equal size leave no thread with a small one while another has a large one.
     i64 widest = 0;
     for (i64 i = 0; i < n; i++) widest = std::max(widest, b[i].rank);
-    const i64 count = (rows() + limit - 1) / limit;
-    const i64 even = count > 1 ? std::min(limit, rows() / count + widest) : limit;
+    const i64 tiles_needed = (rows() + limit - 1) / limit;
+    const i64 even =
+        tiles_needed > 1 ? std::min(limit, rows() / tiles_needed + widest) : limit;
     for (i64 i = 0; i < n;) {
       i64 end = i + 1;
       while (end < n && row_of[end + 1] - row_of[i] <= even) end++;
