@@ -668,3 +668,14 @@ def test_importing_io_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*b", "(.*a){20}", ".*.*.*.*.*x", "(?:x*)*"])
+def test_a_pattern_that_could_hang_is_refused(tmp_path, pattern):
+    make_adapter(tmp_path / "a", modules={"layers.0.proj": (4, 3, 2)})
+    path = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["rank_pattern"] = {pattern: 2}
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="could take for ever"):
+        open_adapter(tmp_path / "a")

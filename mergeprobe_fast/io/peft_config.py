@@ -13,6 +13,11 @@ from typing import Any
 from .layout import ModuleNames, Plan
 from .strict_json import printable
 
+try:
+    from re import _parser  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    import sre_parse as _parser  # type: ignore[no-redef]
+
 # PEFT 0.21.2 `tuners/lora/config.py`, and `config.py` for what every method shares.
 KNOWN_KEYS = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
@@ -171,6 +176,9 @@ def _pattern(
             _compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             refused.append((key, f"{_show(pattern)} is not a regular expression: {error}"))
+            continue
+        if _may_hang(pattern):
+            refused.append((key, f"{_show(pattern)} could take for ever to match (nested repeats)"))
     return patterns.items()
 
 
@@ -179,6 +187,42 @@ def _compile(pattern: str) -> re.Pattern[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on odd but valid syntax; PEFT does not mind either
         return re.compile(rf"(.*\.)?({pattern})$")
+
+
+_MAX_REPEATS = 4  # each open-ended repeat multiplies the steps by the length of a module path
+
+
+@lru_cache(maxsize=4096)
+def _may_hang(pattern: str) -> bool:
+    """Whether matching could backtrack exponentially, or as a high power of the path's length.
+
+    Python's matcher has no time limit, and a pattern comes from a file. Patterns of real configs
+    have an open-ended repeat or two, side by side.
+    """
+    repeats = 0
+
+    def nested(items: Any, inside: bool) -> bool:
+        nonlocal repeats
+        for op, argument in items:
+            name = str(op)
+            if name in ("MAX_REPEAT", "MIN_REPEAT"):
+                _, most, body = argument
+                open_ended = most > 64
+                repeats += open_ended
+                if (open_ended and inside) or nested(body, inside or most > 1):
+                    return True
+            elif name == "BRANCH":
+                if inside or any(nested(branch, inside) for branch in argument[1]):
+                    return True
+            elif name in ("SUBPATTERN", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
+                body = argument if name == "ATOMIC_GROUP" else argument[-1]
+                if nested(body, inside):
+                    return True
+        return False
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nested(_parser.parse(pattern), False) or repeats > _MAX_REPEATS
 
 
 def _note_oddities(config: dict[str, Any], notes: list[str]) -> None:
