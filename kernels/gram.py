@@ -47,7 +47,7 @@ def block_gram(
     second stack (U2, V2, offsets2) is the first one when it is not given; then only half of the
     tiles are computed. `reduce` sums both sides (N, M), columns only (R, M) or nothing (R, R2).
     bf16 and fp16 are read exactly. `precision` is about fp32 factors: "highest" is good to
-    2**-20 per product, "high" rounds them to tf32 (2**-11). `accumulate="fp64"` is exact to
+    2**-20 per product, "high" rounds them to tf32 (2**-10). `accumulate="fp64"` is exact to
     float64 rounding for every dtype.
     """
     first, second = _arguments.check(

@@ -92,9 +92,7 @@ def block_gram(
     if chosen == "reference":
         result = reference.block_gram(U, V, bounds, U2, V2, bounds2, scales, scales2, reduce)
     elif chosen == "triton":
-        from mergeprobe_fast.kernels.gram import block_gram as triton_block_gram
-
-        return triton_block_gram(
+        return _triton(
             U, V, bounds, U2, V2, bounds2, scales, None if U2 is None else scales2,
             reduce=reduce, accumulate=accumulate,
         )  # fmt: skip
@@ -131,6 +129,17 @@ def _cpu(
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from None
     return out
+
+
+def _triton(U: Any, *arguments: Any, **options: Any) -> Any:
+    if not hasattr(U, "detach"):
+        raise InputError("backend 'triton' needs torch tensors", key="U")
+    try:
+        from mergeprobe_fast.kernels.gram import block_gram as kernel
+
+        return kernel(U, *arguments, **options)
+    except (ImportError, RuntimeError) as error:
+        raise BackendError(f"backend 'triton' is not available: {error}") from error
 
 
 def _apply_scale(
