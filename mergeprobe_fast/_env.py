@@ -12,6 +12,8 @@ import os
 
 from mergeprobe_fast.errors import InputError
 
+MAX_THREADS = 1024
+
 
 def pinned_isa() -> str:
     """The instruction set asked for, or "" for the best one this CPU has."""
@@ -22,7 +24,7 @@ def default_threads() -> int:
     """Threads to use when a caller does not say."""
     text = os.environ.get("MERGEPROBE_THREADS", "")
     if text:
-        if not text.isdigit() or int(text) < 1:
+        if not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_THREADS:
             raise InputError(f"MERGEPROBE_THREADS must be a positive number, got {text!r}")
         return int(text)
     try:
@@ -37,4 +39,6 @@ def threads_or_default(threads: int | None) -> int:
         return default_threads()
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise InputError(f"threads must be a positive integer, got {threads!r}")
+    if threads > MAX_THREADS:
+        raise InputError(f"threads must be at most {MAX_THREADS}, got {threads}")
     return threads

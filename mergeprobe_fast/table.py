@@ -78,7 +78,8 @@ class PairTable(Table):
         """A column as an (N, N) array in the order of ``names``; NaN on the diagonal.
 
         Symmetric, unless the feature is directed: then ``matrix("row_capture_a_by_b")[i, j]`` is
-        the share of i's energy captured by j, and its lower triangle comes from the twin column.
+        the share of i's energy captured by j, and its lower triangle comes from the twin column,
+        which must be there (InputError).
         """
         if name in ("a", "b"):
             raise InputError("is not a feature", key=name)
@@ -95,7 +96,9 @@ def _twin(name: str, table: Mapping[str, Any]) -> str:
     for one, other in (("_a_by_b", "_b_by_a"), ("_b_by_a", "_a_by_b"), ("_a", "_b"), ("_b", "_a")):
         if base.endswith(one):
             twin = base.removesuffix(one) + other + dot + aggregate
-            return twin if twin in table else name
+            if twin not in table:
+                raise InputError(f"is directed; its matrix needs the column {twin!r} too", key=name)
+            return twin
     return name
 
 

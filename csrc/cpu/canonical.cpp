@@ -81,13 +81,12 @@ class Canonical {
     const Basis bu = basis(u, e.d_out, gram_u, w), bv = basis(v, e.d_in, gram_v, w);
     if (bu.rank() == 0 || bv.rank() == 0) return;
 
-    double norm_u = 0, norm_v = 0;
+    double noise = 0;  // squared: what rounding every stored factor amounts to in the delta
     Dense core(bu.rank(), bv.rank());
     for (i64 s = 0, row = 0; s < e.n_segments; s++)
       for (i64 a = 0; a < e.segments[s].rank; a++, row++) {
         const double scale = e.segments[s].scale;
-        norm_u += scale * scale * gram_u[row][row];
-        norm_v += gram_v[row][row];
+        noise += scale * gram_u[row][row] * scale * gram_v[row][row];
         for (i64 i = 0; i < core.rows; i++) {
           const double x = scale * bu.coordinates[row][i];
           for (i64 j = 0; j < core.cols; j++) core[i][j] += x * bv.coordinates[row][j];
@@ -100,8 +99,7 @@ class Canonical {
       return;
     }
     std::copy(sigma.begin(), sigma.end(), e.sigma);
-    const double floor = std::max(rule_.relative * sigma[0],
-                                  rule_.noise * std::sqrt(norm_u) * std::sqrt(norm_v));
+    const double floor = std::max(rule_.relative * sigma[0], rule_.noise * std::sqrt(noise));
     while (e.numerical_rank < static_cast<i64>(sigma.size()) &&
            sigma[e.numerical_rank] > floor && sigma[e.numerical_rank] > 0)
       e.numerical_rank++;

@@ -64,6 +64,7 @@ void multiply(const T* a, i64 a_panels, const T* b, i64 b_panels, i64 depth, T* 
               bool upper, bool accumulate) {
   constexpr int W = Lanes<T>::count;
   constexpr i64 line = 64 / static_cast<i64>(sizeof(T));
+  if (a_panels == 0 || b_panels == 0) return;
   const i64 calls = a_panels * ((b_panels + kPanels - 1) / kPanels);
   for (i64 k0 = 0; k0 < depth; k0 += kDepth<T>) {
     const i64 kc = least(kDepth<T>, depth - k0);
@@ -237,6 +238,10 @@ int jacobi_svd(double* work, i64 m, i64 n, double* v) {
   for (i64 j = 0; j < n; j++)
     for (i64 i = 0; i < n; i++) v[j * n + i] = i == j ? 1.0 : 0.0;
   const double tolerance = eps * std::sqrt(static_cast<double>(m));
+  double total = 0;
+  for (i64 j = 0; j < n; j++) total += dot(work + j * m, work + j * m, m);
+  // Columns of pure rounding never become orthogonal to their own rounding.
+  const double rounding = eps * eps * total;
   for (int sweep = 1; sweep <= max_sweeps; sweep++) {
     bool rotated = false;
     for (i64 p = 0; p + 1 < n; p++) {
@@ -244,6 +249,7 @@ int jacobi_svd(double* work, i64 m, i64 n, double* v) {
         double* x = work + p * m;
         double* y = work + q * m;
         const double alpha = dot(x, x, m), beta = dot(y, y, m), gamma = dot(x, y, m);
+        if (!(least(alpha, beta) > rounding)) continue;
         if (!(std::fabs(gamma) > tolerance * std::sqrt(alpha) * std::sqrt(beta))) continue;
         rotated = true;
         const double zeta = (beta - alpha) / (2.0 * gamma);

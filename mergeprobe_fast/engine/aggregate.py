@@ -29,7 +29,7 @@ class PairBlock:
         self.local = [f for f in features if f.per_module]
         # NaN: the module is absent, or one of the deltas is zero there.
         self.values = np.full((len(self.local), modules, pairs), np.nan, np.float32)
-        self.weights = np.zeros((modules, pairs), np.float32)
+        self.weighted = np.zeros((2, len(self.local), pairs))  # sums of weight * value, weight
         self.total = _zero_sums(pairs, needs)
         self.layer_dot = np.zeros((layers, pairs)) if layers else None
         self.layer_energy = np.zeros((2, layers, pairs))
@@ -43,9 +43,15 @@ class PairBlock:
                     value[need] += getattr(sums, name)[need]
             else:
                 value += getattr(sums, name)
+        weight = np.sqrt(sums.energy_a) * np.sqrt(sums.energy_b)
         for k, feature in enumerate(self.local):
-            self.values[k, module] = feature.finish(sums)
-        self.weights[module] = np.sqrt(sums.energy_a) * np.sqrt(sums.energy_b)
+            value = np.asarray(feature.finish(sums), np.float64)
+            if feature.bounded is not None:
+                value = np.clip(value, *feature.bounded)
+            self.values[k, module] = value
+            valid = ~np.isnan(value)
+            self.weighted[0, k] += np.where(valid, weight * value, 0.0)
+            self.weighted[1, k] += np.where(valid, weight, 0.0)
         if self.layer_dot is not None:
             self.layer_dot[layer] += sums.need[DOT]
             self.layer_energy[0, layer] += sums.energy_a
@@ -62,7 +68,7 @@ class PairBlock:
         Sums run over all modules of either adapter; an absent one has counted as zero.
         """
         out: dict[str, np.ndarray] = {}
-        local = {f.name: self.values[k] for k, f in enumerate(self.local)}
+        local = {f.name: k for k, f in enumerate(self.local)}
         for f in self.features:
             out[f.name] = self._clip(f, np.asarray(f.finish(self.total), np.float64))
             if f.name in local:
@@ -76,18 +82,11 @@ class PairBlock:
         self.clipped += int(np.count_nonzero((values < low) | (values > high)))
         return np.clip(values, low, high)
 
-    def _over_modules(self, f: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
-        if f.bounded is not None:
-            values = np.clip(values, *f.bounded)
-        valid = ~np.isnan(values)
-        weight = np.where(valid, self.weights, 0.0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = np.einsum("mp,mp->p", weight, np.where(valid, values, 0.0), dtype=np.float64)
-            mean = mean / weight.sum(0, dtype=np.float64)
-        ordered = np.sort(np.ascontiguousarray(values.T), axis=1)  # NaN last
-        count = valid.sum(0)
+    def _over_modules(self, f: Feature, k: int) -> dict[str, np.ndarray]:
+        ordered = np.sort(np.ascontiguousarray(self.values[k].T), axis=1)  # NaN last
+        count = (~np.isnan(ordered)).sum(1)
         return {
-            f"{f.name}.mean": mean,
+            f"{f.name}.mean": ratio(self.weighted[0, k], self.weighted[1, k]),
             f"{f.name}.max": _at(ordered, count - 1.0, count),
             f"{f.name}.min": _at(ordered, np.zeros(len(count)), count),
             f"{f.name}.p10": _at(ordered, 0.1 * (count - 1.0), count),

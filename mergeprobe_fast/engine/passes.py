@@ -188,11 +188,11 @@ def _pass(
             )
         )
     one, two = sides[0], sides[-1]
-    mirrored = {n for f in part.features if f.directed_twin for n in f.needs}
+    mirrored = {n for n in needs if flip(n) != n}
     # The (b, a) value of a directed sum lies in the other triangle; without one it is an epilogue.
     listed = list(needs)
     if not part.symmetric:
-        listed += [flip(n) for n in needs if n in mirrored and flip(n) not in needs]
+        listed += [flip(n) for n in needs if flip(n) not in needs]
     counts = np.diff(one.bounds) * np.diff(two.bounds)
     out_bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     out = np.empty((len(listed), int(out_bounds[-1])))

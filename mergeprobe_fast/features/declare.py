@@ -1,4 +1,4 @@
-"""What a feature is: a declaration of what it needs and how it finishes; the engine does the rest."""
+"""What a feature is: a declaration of what it needs and how it finishes. The engine runs it."""
 
 from __future__ import annotations
 

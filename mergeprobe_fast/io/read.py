@@ -23,9 +23,9 @@ def read_into(
 ) -> None:
     """Read ``nbytes[r]`` bytes at ``offsets[r]`` of file ``file_index[r]`` to ``targets[r]``.
 
-    The memory at the addresses ``targets`` must stay alive and be large enough. Plain reads, not a mapping: a
-    file that changed since its header was read, or that shrinks meanwhile, is an error, not a
-    crash.
+    ``targets`` are addresses of memory that must stay alive and be large enough. Plain reads, not
+    a mapping: a file that changed since its header was read, or that shrinks meanwhile, is an
+    error, not a crash.
 
     Raises:
         InputError: naming the file and what happened to it.

@@ -60,47 +60,43 @@ def block_gram(
         InputError: an argument of the wrong kind, dtype or shape; the message names it.
         BackendError: the backend asked for is not available here.
     """
-    if reduce not in ("both", "columns", "none"):
-        raise InputError(f"expected 'both', 'columns' or 'none', got {reduce!r}", key="reduce")
-    if accumulate not in ("fp32", "fp64"):
-        raise InputError(f"expected 'fp32' or 'fp64', got {accumulate!r}", key="accumulate")
-    second = (U2, V2, offsets2)
-    if any(x is None for x in second) and any(x is not None for x in second):
-        raise InputError("a second stack needs all of U2, V2 and offsets2", key="U2")
-    if U2 is None and scale2 is not None:
-        raise InputError("given without a second stack", key="scale2")
+    _one_of(reduce, ("both", "columns", "none"), "reduce")
+    _one_of(accumulate, ("fp32", "fp64"), "accumulate")
     threads = _env.threads_or_default(threads)
-    bounds = _bounds(offsets, _rows(U, "U"), "offsets")
-    if _rows(V, "V") != _rows(U, "U"):
-        raise InputError(f"expected {_rows(U, 'U')} rows like U, got {_rows(V, 'V')}", key="V")
-    bounds2 = None
-    if U2 is not None:
-        bounds2 = _bounds(offsets2, _rows(U2, "U2"), "offsets2")
-        if _rows(V2, "V2") != _rows(U2, "U2"):
-            raise InputError(f"expected {_rows(U2, 'U2')} rows like U2", key="V2")
+    first = _Stack(U, V, offsets, scale, "")
+    second = None
+    if U2 is None and V2 is None and offsets2 is None:
+        if scale2 is not None:
+            raise InputError("given without a second stack", key="scale2")
+    elif U2 is None or V2 is None or offsets2 is None:
+        raise InputError("a second stack needs all of U2, V2 and offsets2", key="U2")
+    else:
+        second = _Stack(U2, V2, offsets2, scale2, "2")
         for name, x, other in (("U2", U2, U), ("V2", V2, V)):
             if x.shape[1] != other.shape[1]:
                 raise InputError(
                     f"expected {other.shape[1]} columns like {name[0]}, got {x.shape[1]}", key=name
                 )
-    if accumulate == "fp32" and any(str(x.dtype).endswith("float64") for x in (U, V)):
-        raise InputError("float64 input needs accumulate='fp64'", key="U")
-    scales = _scale(scale, len(bounds) - 1, "scale")
-    scales2 = scales if U2 is None else _scale(scale2, len(bounds2) - 1, "scale2")
+    if accumulate == "fp32":
+        for name, x in (("U", U), ("V", V), ("U2", U2), ("V2", V2)):
+            if x is not None and _dtype(x) == "float64":
+                raise InputError("float64 input needs accumulate='fp64'", key=name)
 
     chosen = _choose(backend, U)
+    other = second or first
+    stacks = (U, V, first.bounds, U2, V2, None if second is None else second.bounds)
+    if chosen == "triton":
+        own_scale = None if second is None else second.scale
+        return _triton(*stacks, first.scale, own_scale, reduce=reduce, accumulate=accumulate)
     if chosen == "reference":
-        result = reference.block_gram(U, V, bounds, U2, V2, bounds2, scales, scales2, reduce)
-    elif chosen == "triton":
-        return _triton(
-            U, V, bounds, U2, V2, bounds2, scales, None if U2 is None else scales2,
-            reduce=reduce, accumulate=accumulate,
-        )  # fmt: skip
+        result = reference.block_gram(*stacks, first.scale, other.scale, reduce)
     else:
-        result = _cpu(U, V, bounds, U2, V2, bounds2, reduce, accumulate == "fp64", threads)
-        _apply_scale(result, bounds, scales, rows_reduced=reduce == "both", axis=0)
-        columns = bounds if bounds2 is None else bounds2
-        _apply_scale(result, columns, scales2, rows_reduced=reduce != "none", axis=1)
+        result = _cpu(stacks, reduce, accumulate == "fp64", threads)
+        if first.scale is not None or other.scale is not None:
+            # One product of the two scales, so that a symmetric result stays exactly symmetric.
+            result *= np.outer(
+                first.factors(per_row=reduce != "both"), other.factors(per_row=reduce == "none")
+            )
     if hasattr(U, "detach"):
         import torch
 
@@ -108,26 +104,39 @@ def block_gram(
     return result
 
 
-def _cpu(
-    U: Any, V: Any, bounds: np.ndarray, U2: Any, V2: Any, bounds2: np.ndarray | None,
-    reduce: str, fp64: bool, threads: int,
-) -> np.ndarray:  # fmt: skip
+class _Stack:
+    """One checked stack of rows; ``suffix`` is "" or "2", as in the arguments' names."""
+
+    def __init__(self, U: Any, V: Any, offsets: Any, scale: Any, suffix: str) -> None:
+        u, v = f"U{suffix}", f"V{suffix}"
+        self.rows = _rows(U, u)
+        if _rows(V, v) != self.rows:
+            got = f", got {V.shape[0]}" if not suffix else ""
+            raise InputError(f"expected {self.rows} rows like {u}{got}", key=v)
+        self.bounds = _bounds(offsets, self.rows, f"offsets{suffix}")
+        self.scale = _scale(scale, len(self.bounds) - 1, f"scale{suffix}")
+
+    def factors(self, *, per_row: bool) -> np.ndarray:
+        """The scale of each block, or of each row."""
+        scale = np.ones(len(self.bounds) - 1) if self.scale is None else self.scale
+        return np.repeat(scale, np.diff(self.bounds)) if per_row else scale
+
+
+def _cpu(stacks: tuple[Any, ...], reduce: str, fp64: bool, threads: int) -> np.ndarray:
+    U, _, bounds, U2, _, bounds2 = stacks
     last, rows2 = (bounds, len(U)) if bounds2 is None else (bounds2, len(U2))
-    shape = (
-        len(bounds) - 1 if reduce == "both" else len(U),
-        rows2 if reduce == "none" else len(last) - 1,
-    )
-    out = np.empty(shape)
-    stacks = (
-        x.detach() if getattr(x, "requires_grad", False) else x for x in (U, V, U2, V2)
-    )  # DLPack refuses tensors that require grad
-    u, v, u2, v2 = stacks
-    try:
-        _native.core().block_gram(
-            u, v, bounds, u2, v2, bounds2, reduce, fp64, threads, _native.isa(), 0, out
+    out = np.empty(
+        (
+            len(bounds) - 1 if reduce == "both" else len(U),
+            rows2 if reduce == "none" else len(last) - 1,
         )
+    )
+    # DLPack refuses tensors that require grad.
+    plain = (x.detach() if getattr(x, "requires_grad", False) else x for x in stacks)
+    try:
+        _native.core().block_gram(*plain, reduce, fp64, threads, _native.isa(), 0, out)
     except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from None
+        raise InputError(str(error).splitlines()[0]) from None
     return out
 
 
@@ -142,16 +151,6 @@ def _triton(U: Any, *arguments: Any, **options: Any) -> Any:
         raise BackendError(f"backend 'triton' is not available: {error}") from error
 
 
-def _apply_scale(
-    result: np.ndarray, bounds: np.ndarray, scale: np.ndarray | None, *, rows_reduced: bool,
-    axis: int,
-) -> None:  # fmt: skip
-    if scale is None:
-        return
-    factor = scale if rows_reduced else np.repeat(scale, np.diff(bounds))
-    result *= factor[:, None] if axis == 0 else factor[None, :]
-
-
 def _choose(backend: str, U: Any) -> str:
     on_gpu = getattr(getattr(U, "device", None), "type", "cpu") == "cuda"
     if backend == "auto":
@@ -161,13 +160,21 @@ def _choose(backend: str, U: Any) -> str:
             where = "on a CUDA device" if on_gpu else f"on the CPU, {_native.isa()}"
             log.info("block_gram: backend %s (input %s)", chosen, where)
         return chosen
-    if backend not in ("cpu", "triton", "reference"):
-        raise InputError(
-            f"expected 'auto', 'cpu', 'triton' or 'reference', got {backend!r}", key="backend"
-        )
+    _one_of(backend, ("auto", "cpu", "triton", "reference"), "backend")
     if backend == "cpu" and on_gpu:
         raise BackendError("backend 'cpu' was asked for, but U lies on a CUDA device")
     return backend
+
+
+def _one_of(value: Any, known: tuple[str, ...], name: str) -> None:
+    if value not in known:
+        *most, last = map(repr, known)
+        raise InputError(f"expected {', '.join(most)} or {last}, got {value!r}", key=name)
+
+
+def _dtype(x: Any) -> str:
+    """The dtype's name without its library's."""
+    return str(x.dtype).rpartition(".")[2]
 
 
 def _rows(x: Any, name: str) -> int:
@@ -178,6 +185,8 @@ def _rows(x: Any, name: str) -> int:
         )
     if len(shape) != 2:
         raise InputError(f"expected 2 dimensions, got {len(shape)}", key=name)
+    if _dtype(x) not in ("float32", "bfloat16", "float16", "float64"):
+        raise InputError("expected float32, bfloat16, float16 or float64", key=name)
     return int(shape[0])
 
 
@@ -196,7 +205,9 @@ def _bounds(offsets: Any, rows: int, name: str) -> np.ndarray:
 def _scale(scale: Any, blocks: int, name: str) -> np.ndarray | None:
     if scale is None:
         return None
-    values = reference.float64(scale)
+    values = scale.detach().cpu().numpy() if hasattr(scale, "detach") else np.asarray(scale)
+    if values.dtype.kind not in "fiu":
+        raise InputError(f"expected real numbers, got {values.dtype}", key=name)
     if values.shape != (blocks,):
         raise InputError(f"expected {blocks} values, got shape {values.shape}", key=name)
-    return values
+    return values.astype(np.float64)

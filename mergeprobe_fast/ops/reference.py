@@ -6,6 +6,7 @@ is short can be read and believed.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +19,10 @@ def float64(tensor: Any) -> np.ndarray:
     return np.asarray(tensor, dtype=np.float64)
 
 
-def _indicator(offsets: np.ndarray) -> np.ndarray:
-    """(rows, segments) matrix of ones where a row belongs to a segment."""
-    counts = np.diff(offsets)
-    return np.repeat(np.eye(len(counts)), counts, axis=0)
+def _segment_sums(x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Sums of the rows of each segment: a NaN stays within its own."""
+    sums = [x[a:b].sum(0) for a, b in pairwise(offsets)]
+    return np.array(sums).reshape(len(sums), *x.shape[1:])
 
 
 def block_gram(
@@ -39,17 +40,19 @@ def block_gram(
     if U2 is None:
         U2, V2, offsets2, scale2 = U, V, offsets, scale
     u, v, u2, v2 = (float64(x) for x in (U, V, U2, V2))
-    rows, columns = _indicator(np.asarray(offsets)), _indicator(np.asarray(offsets2))
-    if scale is not None:
-        rows = rows * np.asarray(scale, dtype=np.float64)
-    if scale2 is not None:
-        columns = columns * np.asarray(scale2, dtype=np.float64)
-    product = (u @ u2.T) * (v @ v2.T)
+    bounds, bounds2 = np.asarray(offsets), np.asarray(offsets2)
+    s1 = np.ones(len(bounds) - 1) if scale is None else float64(scale)
+    s2 = np.ones(len(bounds2) - 1) if scale2 is None else float64(scale2)
+    out = (u @ u2.T) * (v @ v2.T)
+    if reduce == "both":
+        out = _segment_sums(out, bounds)
+    else:
+        s1 = np.repeat(s1, np.diff(bounds))
     if reduce == "none":
-        return rows.sum(1)[:, None] * product * columns.sum(1)[None, :]
-    if reduce == "columns":
-        return rows.sum(1)[:, None] * (product @ columns)
-    return rows.T @ product @ columns
+        s2 = np.repeat(s2, np.diff(bounds2))
+    else:
+        out = _segment_sums(out.T, bounds2).T
+    return out * np.outer(s1, s2)
 
 
 class Canonical(NamedTuple):
@@ -77,10 +80,8 @@ def canonical(
     q_b, r_b = np.linalg.qr(b)
     q_a, r_a = np.linalg.qr(a.T)
     left, sigma, right = np.linalg.svd(r_b @ r_a.T)
-    floor = max(
-        relative * (sigma[0] if sigma.size else 0.0),
-        noise * float(np.linalg.norm(b)) * float(np.linalg.norm(a)),
-    )
+    units = np.linalg.norm(b, axis=0) * np.linalg.norm(a, axis=1)
+    floor = max(relative * (sigma[0] if sigma.size else 0.0), noise * float(np.linalg.norm(units)))
     rank = int(np.count_nonzero(sigma > max(floor, 0.0)))
     rank = rank if max_rank is None else min(rank, max_rank)
     return Canonical((q_b @ left[:, :rank]).T, sigma, (q_a @ right[:rank].T).T, rank)

@@ -34,8 +34,8 @@ struct CanonicalEntry {
   Status status;          // out
 };
 
-// The rank is decided on the spectrum of the delta: sigma > max(relative * sigma_1,
-// noise * ||s B||_F ||A||_F).
+// The rank is decided on the spectrum of the delta: sigma > max(relative * sigma_1, noise * size)
+// with size^2 = sum_a |s b_a|^2 |a_a|^2 over the rank-one units: their rounding, unit by unit.
 struct RankRule {
   double relative;
   double noise;
