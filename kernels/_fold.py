@@ -9,9 +9,12 @@ from . import _configs
 @triton.jit
 def _parts(p_parts_of, o, m):
     if p_parts_of is None:
-        return o, m.to(tl.int32)
-    b_first = tl.load(p_parts_of + o, mask=m, other=0)
-    return b_first, tl.load(p_parts_of + o + 1, mask=m, other=0) - b_first
+        b_first = o
+        b_count = m.to(tl.int32)
+    else:
+        b_first = tl.load(p_parts_of + o, mask=m, other=0)
+        b_count = tl.load(p_parts_of + o + 1, mask=m, other=0) - b_first
+    return b_first, b_count
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from mergeprobe_fast.ops._tables import JOB, SEGMENT, address
 # Components below the rounding of the float32 result carry nothing.
 _RELATIVE = 2.0**-24
 _NOISE = 2.0**-40
-_CHUNK_BYTES = 96 << 20
+_CHUNK_BYTES = 48 << 20
 _DTYPE_NAME = {0: "F32", 1: "BF16", 2: "F16"}
 
 
