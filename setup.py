@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,10 @@ class CMakeBuild(build_ext):
 
     def run(self):
         # A module left by an earlier build must not ride along into a wheel that lacks it.
-        wanted = {Path(self.get_ext_filename(e.name)).name for e in self.extensions}
+        wanted = {e.name.rpartition(".")[2] for e in self.extensions}
         for folder in (Path(self.build_lib, "mergeprobe_fast"), ROOT / "mergeprobe_fast"):
             for stale in [*folder.glob("_c*.so"), *folder.glob("_c*.pyd")]:
-                if stale.name not in wanted:
+                if stale.name.split(".")[0] not in wanted:
                     stale.unlink()
         super().run()
 
@@ -39,6 +40,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY_RELEASE={out}",
+            *(["-G", "Ninja"] if shutil.which("ninja") else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         build = ["cmake", "--build", str(work), "--config", "Release", "--target", target,

@@ -263,18 +263,20 @@ void py_canonicalise(const py::array& segments, const I64Array& bounds, py::arra
   }
 }
 
-py::object py_read_files(const std::vector<std::string>& paths, const I64Array& sizes,
-                         const I64Array& mtimes, const I64Array& bounds, const I64Array& offsets,
-                         const I64Array& nbytes, const I64Array& targets, int threads) {
+py::object py_read_files(const std::vector<std::string>& paths, const I64Array& stamps,
+                         const I64Array& bounds, const I64Array& offsets, const I64Array& nbytes,
+                         const I64Array& targets, int threads) {
   const i64 n = static_cast<i64>(paths.size());
-  expect(sizes.size() == n && mtimes.size() == n, "sizes", "one per path");
+  expect(n == 0 || (stamps.ndim() == 2 && stamps.shape(0) == n && stamps.shape(1) == 4), "stamps",
+         "size, mtime_ns, ctime_ns and inode per path");
   expect(bounds.size() == n + 1, "bounds", "one bound per path and one more");
   expect_bounds(bounds, offsets.size(), "bounds");
   expect(nbytes.size() == offsets.size() && targets.size() == offsets.size(), "targets",
          "one per range");
   std::vector<FileRead> files(static_cast<std::size_t>(n));
   for (i64 i = 0; i < n; i++) {
-    files[i] = {paths[i].c_str(), sizes.data()[i], mtimes.data()[i], {}};
+    const i64* s = stamps.data() + 4 * i;
+    files[i] = {paths[i].c_str(), s[0], s[1], s[2], s[3], {}};
     for (i64 r = bounds.data()[i]; r < bounds.data()[i + 1]; r++) {
       expect(offsets.data()[r] >= 0 && nbytes.data()[r] >= 0, "offsets", "negative");
       files[i].ranges.push_back(
@@ -334,8 +336,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("jobs"), py::arg("sigma").noconvert(), py::arg("fp64_out"), py::arg("sigma_in_u"),
         py::arg("relative"), py::arg("noise"), py::arg("threads"), py::arg("isa"),
         "P3: singular values and vectors of s B A from the factors; results land in jobs.");
-  m.def("read_files", &py_read_files, py::arg("paths"), py::arg("sizes").noconvert(),
-        py::arg("mtimes").noconvert(), py::arg("bounds").noconvert(),
+  m.def("read_files", &py_read_files, py::arg("paths"), py::arg("stamps").noconvert(),
+        py::arg("bounds").noconvert(),
         py::arg("offsets").noconvert(), py::arg("nbytes").noconvert(),
         py::arg("targets").noconvert(), py::arg("threads"),
         "Reads byte ranges of files into given addresses; (index, reason) of the first failure.");

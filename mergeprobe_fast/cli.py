@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -16,31 +17,53 @@ import mergeprobe_fast
 from mergeprobe_fast.errors import InputError, MergeprobeError
 
 OK, NO, BAD = 0, 1, 2
+SAME_BASE = "take different base model names for one model"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
-    options.command_line = shlex.join(["mergeprobe-fast", *arguments])
     try:
-        return options.run(options)
-    except MergeprobeError as error:
-        return _fail(str(error))
-    except MemoryError:
-        return _fail("out of memory")
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
+        return _run(arguments)
     except BrokenPipeError:
         # The reader went away: no traceback, and none at shutdown either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
+def _run(arguments: list[str]) -> int:
+    try:
+        options = _parser().parse_args(arguments)
+    finally:
+        sys.stdout.flush()  # --help, too, may find nobody listening
+    options.command_line = shlex.join(["mergeprobe-fast", *arguments])
+    try:
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except MergeprobeError as error:
+        return _fail(str(error))
+    except MemoryError:
+        return _fail("out of memory")
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", 130)
+
+
 def _fail(message: str, code: int = BAD) -> int:
-    line = " ".join(message.split())
-    print(f"mergeprobe-fast: {line}", file=sys.stderr)
+    _complain(message)
     return code
+
+
+def _complain(message: str) -> None:
+    """One line to stderr; a name from a file must not move the cursor or fail to encode."""
+    line = " ".join(message.split())
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for c in line
+    )
+    encoding = sys.stderr.encoding or "ascii"
+    shown = shown.encode(encoding, "backslashreplace").decode(encoding)
+    print(f"mergeprobe-fast: {shown}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,16 +91,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
         sub.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
         sub.add_argument("--threads", type=int, metavar="N", help="default: the cores available")
-        sub.add_argument(
-            "--same-base", action="store_true",
-            help="take different base model names for one model",
-        )  # fmt: skip
+        sub.add_argument("--same-base", action="store_true", help=SAME_BASE)
         sub.add_argument(
             "--skip-bad", action="store_true", help="go on without adapters that cannot be used"
         )
 
     check = command("check", _check, "Say for every tensor whether it is used, and why not.")
     check.add_argument("paths", nargs="+", metavar="PATH", help="adapters, or folders of them")
+    check.add_argument("--same-base", action="store_true", help=SAME_BASE)
 
     screen = command("screen", _screen, "Compare every pair of adapters of a zoo.")
     screen.add_argument("zoo", nargs="+", metavar="ZOO", help="a folder of adapters, or adapters")
@@ -93,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", nargs="+", metavar="W",
         help="one per adapter, in the order given (default: 1/N each)",
     )  # fmt: skip
+    # "-0.5,1" is a weight, not an option.
+    merge._negative_number_matcher = re.compile(r"^-\.?\d[\d.eE+,-]*$")
     merge.add_argument("--rank", type=int, metavar="R", help="rank of the result")
     merge.add_argument(
         "--dtype", type=str.upper, choices=("F32", "BF16", "F16"), help="default: as the inputs"
@@ -106,11 +129,16 @@ def _parser() -> argparse.ArgumentParser:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False)
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with 1, which here means "no"
+            raise BrokenPipeError
+
+    return Plain(highlight=False)
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+    # ASCII: stdout may have any encoding.
+    print(json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False))
 
 
 def _open(paths: Sequence[str], options: argparse.Namespace) -> Any:
@@ -119,7 +147,7 @@ def _open(paths: Sequence[str], options: argparse.Namespace) -> Any:
     given: Any = paths[0] if len(paths) == 1 else paths
     zoo = open_zoo(given, same_base=options.same_base, skip_bad=options.skip_bad)
     for skipped in zoo.skipped:
-        print(f"mergeprobe-fast: left out: {skipped.reason}", file=sys.stderr)
+        _complain(f"left out: {skipped.reason}")
     return zoo
 
 
@@ -153,6 +181,7 @@ def _screen(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from mergeprobe_fast.io.atomic import AtomicFolder
     from mergeprobe_fast.merging import merge
     from mergeprobe_fast.report.merge import print_merge_summary
     from mergeprobe_fast.report.terminal import progress
@@ -160,7 +189,7 @@ def _merge(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     weights = _numbers(options.weights)
     zoo = _open(options.adapters, options)
-    _refuse_existing(options)
+    AtomicFolder(options.out, options.overwrite, inputs=[a.path for a in zoo]).check()
     arguments = {
         "method": options.method, "weights": weights, "rank": options.rank,
         "dtype": options.dtype, "threads": options.threads,
@@ -177,12 +206,6 @@ def _merge(options: argparse.Namespace) -> int:
     return OK
 
 
-def _refuse_existing(options: argparse.Namespace) -> None:
-    """Before the work, not after it."""
-    if os.path.lexists(options.out) and not options.overwrite:
-        raise InputError("exists; pass --overwrite to replace it", path=options.out)
-
-
 def _numbers(words: Sequence[str] | None) -> list[float] | None:
     if words is None:
         return None
@@ -195,7 +218,7 @@ def _numbers(words: Sequence[str] | None) -> list[float] | None:
 def _check(options: argparse.Namespace) -> int:
     from mergeprobe_fast.report.check import check_paths, print_coverage
 
-    result = check_paths(options.paths)
+    result = check_paths(options.paths, same_base=options.same_base)
     if options.json:
         _print_json(result.to_dict())
     else:

@@ -10,7 +10,7 @@ import numpy as np
 from mergeprobe_fast import engine
 from mergeprobe_fast.features import ADAPTER_FEATURES, Feature, select
 from mergeprobe_fast.table import AdapterTable, PairTable
-from mergeprobe_fast.zoo import Zoo
+from mergeprobe_fast.zoo import Zoo, text
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ def _adapter_table(zoo: Zoo, result: engine.PassResult) -> AdapterTable:
     entries = zoo.table.entries
     columns: dict[str, list | np.ndarray] = {
         "name": np.array(zoo.names, dtype=object),
-        "path": np.array([str(a.path) for a in zoo.adapters], dtype=object),
+        "path": np.array([text(a.path) for a in zoo.adapters], dtype=object),
         "modules": np.array([len(a.modules) for a in zoo.adapters]),
         "rank": np.array([_ranks(entries, i) for i in range(len(zoo))], dtype=object),
         "parameters": np.array([a.parameters for a in zoo.adapters]),
@@ -119,7 +119,8 @@ def _grouped(values: np.ndarray, owner: np.ndarray, count: int, reduce) -> np.nd
 
 
 def _adapter_profile(zoo: Zoo, result: engine.PassResult) -> np.ndarray:
-    layer = np.array([result.layers.index(m.layer) for m in zoo.modules])
+    order = list(dict.fromkeys(m.layer for m in zoo.modules))
+    layer = np.array([order.index(m.layer) for m in zoo.modules])
     entries = zoo.table.entries
     energy = np.zeros((len(zoo), len(result.layers)))
     np.add.at(

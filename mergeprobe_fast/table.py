@@ -48,7 +48,12 @@ class Table(Mapping[str, Any]):
         """The same as a pyarrow Table."""
         import pyarrow
 
-        return pyarrow.table(self._columns)
+        def column(values: Any) -> Any:
+            # An empty or all-None column of names would otherwise have no type.
+            names = np.asarray(values).dtype.kind == "O"
+            return pyarrow.array(values, pyarrow.string() if names else None)
+
+        return pyarrow.table({name: column(values) for name, values in self._columns.items()})
 
     def write_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write the table as one parquet file."""

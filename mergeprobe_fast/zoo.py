@@ -15,6 +15,7 @@ import numpy as np
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.adapter import AdapterRef, FileStamp, ModuleKind
+from mergeprobe_fast.io.atomic import is_temporary
 from mergeprobe_fast.io.peft import is_adapter, open_adapter
 
 
@@ -30,8 +31,8 @@ class Module(NamedTuple):
     @property
     def layer(self) -> str:
         """The block it belongs to: the path up to its first number, or its first part."""
-        match = re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", self.name)
-        return match.group(1) if match else self.name.split(".")[0]
+        match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", self.name)
+        return match.group() if match else self.name.split(".")[0]
 
 
 class Skipped(NamedTuple):
@@ -192,33 +193,62 @@ def find_adapters(root: Path, notes: list[str]) -> list[tuple[str, Path]]:
 
     What was passed over is added to ``notes``. InputError when there is none.
     """
-    inside = []
-    for folder, below, files in os.walk(root, followlinks=True):
-        here = Path(folder)
-        if is_adapter(here):
-            nested = [d for d in below if is_adapter(here / d)]
-            if nested:
-                notes.append(
-                    f"{here.relative_to(root).as_posix()}: {len(nested)} adapters in its "
-                    "sub-folders (checkpoints?) were not opened; list them by path to include them"
-                )
-            below.clear()
-            inside.append((here.relative_to(root).as_posix(), here))
-            continue
-        stray = sum(f.endswith((".safetensors", ".bin", ".pt", ".ckpt")) for f in files)
-        if stray:
-            notes.append(f"{here}: {stray} weight files outside PEFT folders were not opened")
-        if len(here.relative_to(root).parts) > 8:  # a loop of links
-            below.clear()
+    inside: list[tuple[str, Path]] = []
+    _walk(root, root, tuple(root.resolve().parents), inside, notes)
     if not inside:
         raise InputError("no adapters in this folder (adapter_config.json)", path=root)
     return sorted(inside, key=lambda item: natural(item[0]))
 
 
+def _walk(
+    root: Path, here: Path, above: tuple[Path, ...], inside: list[tuple[str, Path]],
+    notes: list[str],
+) -> None:  # fmt: skip
+    """Collect the adapters below ``here``; ``above`` are the real paths of the folders it is in."""
+    try:
+        entries = sorted(os.scandir(here), key=lambda e: natural(e.name))
+    except OSError as error:
+        raise InputError(error.strerror or str(error), path=here) from error
+    folders = [Path(e.path) for e in entries if e.is_dir() and not is_temporary(e.path)]
+    relative = here.relative_to(root).as_posix()
+    if is_adapter(here):
+        nested = sum(is_adapter(folder) for folder in folders)
+        if nested:
+            notes.append(
+                f"{relative}: {nested} adapters in its sub-folders (checkpoints?) were not opened; "
+                "list them by path to include them"
+            )
+        inside.append((relative, here))
+        return
+    stray = sum(e.name.endswith((".safetensors", ".bin", ".pt", ".ckpt")) for e in entries)
+    if stray:
+        notes.append(f"{here}: {stray} weight files outside PEFT folders were not opened")
+    real = here.resolve()
+    for folder in folders:
+        # A link to a folder that it lies in would be walked for ever.
+        if folder.is_symlink() and folder.resolve() in (*above, real):
+            continue
+        _walk(root, folder, (*above, real), inside, notes)
+
+
 def _unique_names(found: Sequence[tuple[str, Path]]) -> list[str]:
     """Short names where they are unique, else the paths."""
     count = Counter(name for name, _ in found)
-    return [name if count[name] == 1 else path.as_posix() for name, path in found]
+    return [text(name if count[name] == 1 else path.as_posix()) for name, path in found]
+
+
+def text(path: str | os.PathLike[str]) -> str:
+    """A path as valid Unicode: bytes that are not UTF-8 become escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def short_labels(paths: Sequence[str]) -> list[str]:
+    """Module paths without what all of them start with: model.layers.0, model.layers.1: 0, 1."""
+    parts = [path.split(".") for path in paths]
+    common = 0
+    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+        common += 1
+    return [".".join(p[common:]) for p in parts]
 
 
 def natural(text: str) -> list[tuple[int, int | str]]:

@@ -81,11 +81,14 @@ class Canonical {
     const Basis bu = basis(u, e.d_out, gram_u, w), bv = basis(v, e.d_in, gram_v, w);
     if (bu.rank() == 0 || bv.rank() == 0) return;
 
+    double top = 0;  // the largest scale is set aside, so that squares stay in range
+    for (i64 s = 0; s < e.n_segments; s++) top = std::max(top, std::fabs(e.segments[s].scale));
+    if (top == 0) return;
     double noise = 0;  // squared: what rounding every stored factor amounts to in the delta
     Dense core(bu.rank(), bv.rank());
     for (i64 s = 0, row = 0; s < e.n_segments; s++)
       for (i64 a = 0; a < e.segments[s].rank; a++, row++) {
-        const double scale = e.segments[s].scale;
+        const double scale = e.segments[s].scale / top;
         noise += scale * gram_u[row][row] * scale * gram_v[row][row];
         for (i64 i = 0; i < core.rows; i++) {
           const double x = scale * bu.coordinates[row][i];
@@ -98,11 +101,11 @@ class Canonical {
       e.status = Status::no_convergence;
       return;
     }
-    std::copy(sigma.begin(), sigma.end(), e.sigma);
     const double floor = std::max(rule_.relative * sigma[0], rule_.noise * std::sqrt(noise));
     while (e.numerical_rank < static_cast<i64>(sigma.size()) &&
            sigma[e.numerical_rank] > floor && sigma[e.numerical_rank] > 0)
       e.numerical_rank++;
+    for (std::size_t a = 0; a < sigma.size(); a++) e.sigma[a] = sigma[a] *= top;
     e.rank = std::min(e.numerical_rank, e.max_rank);
     if (e.rank == 0 || (!e.u_out && !e.v_out)) return;
     left.rows = right.rows = e.rank;

@@ -42,11 +42,13 @@ bool unchanged(int fd, const FileRead& f) {
   struct stat st;
   if (::fstat(fd, &st) != 0 || st.st_size != f.size) return false;
 #if defined(__APPLE__)
-  const i64 mtime = i64{st.st_mtimespec.tv_sec} * 1000000000 + st.st_mtimespec.tv_nsec;
+  const auto modified = st.st_mtimespec, changed = st.st_ctimespec;
 #else
-  const i64 mtime = i64{st.st_mtim.tv_sec} * 1000000000 + st.st_mtim.tv_nsec;
+  const auto modified = st.st_mtim, changed = st.st_ctim;
 #endif
-  return f.mtime_ns < 0 || mtime == f.mtime_ns;
+  return i64{modified.tv_sec} * 1000000000 + modified.tv_nsec == f.mtime_ns &&
+         i64{changed.tv_sec} * 1000000000 + changed.tv_nsec == f.ctime_ns &&
+         static_cast<i64>(st.st_ino) == f.inode;
 }
 #endif
 

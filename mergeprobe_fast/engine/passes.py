@@ -21,7 +21,7 @@ from mergeprobe_fast.engine.chunks import (
     read_ahead,
 )
 from mergeprobe_fast.features.declare import DOT, Feature, Need, Sums
-from mergeprobe_fast.zoo import Zoo
+from mergeprobe_fast.zoo import Zoo, short_labels
 
 log = logging.getLogger("mergeprobe_fast")
 
@@ -42,8 +42,9 @@ class PassResult:
 
     ``a``, ``b``: adapter indices of each pair, a < b, in row-major order of the upper triangle.
     ``columns``: one array per column. ``sigma``: (entries, widest) singular values of each row of
-    ``zoo.table.entries``, zero padded; ``rank`` their numerical ranks. ``profile``: (pairs, layers)
-    cosine per layer or None. ``clipped``: values that rounding had put outside their range.
+    ``zoo.table.entries``, zero padded; ``rank`` their numerical ranks. ``layers``: short labels of
+    the layers, in the order of the modules. ``profile``: (pairs, layers) cosine per layer or None.
+    ``clipped``: values that rounding had put outside their range.
     """
 
     a: np.ndarray
@@ -108,7 +109,8 @@ def run(
     if clipped:
         log.info("%d feature values left their range by rounding and were clipped", clipped)
     return PassResult(
-        a[order], b[order], merged, spectra.sigma, spectra.rank, layers, whole, clipped
+        a[order], b[order], merged, spectra.sigma, spectra.rank, short_labels(layers), whole,
+        clipped,
     )
 
 

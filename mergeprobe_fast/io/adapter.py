@@ -18,6 +18,9 @@ class FileStamp:
     path: Path
     size: int  # bytes
     mtime_ns: int
+    # A copy that keeps size and time still has another inode, or another time of status change.
+    ctime_ns: int
+    inode: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class AtomicFolder:
 
     def __enter__(self) -> Path:
         try:
+            self._check()
             self._recover()
             self._check()
             self._make_parents()
@@ -86,9 +87,23 @@ class AtomicFolder:
             self._discard()
             if isinstance(error, OSError):
                 raise _as_input_error(error, self.out) from error
+            temporary = os.fspath(self._temporary)
+            if isinstance(error, InputError) and (error.path or "").startswith(temporary):
+                # Nobody has ever heard of the temporary folder, and it is gone.
+                path = os.fspath(self.out) + error.path[len(temporary) :]
+                raise InputError(error.reason, path=path, key=error.key) from error
+
+    def check(self) -> None:
+        """Raise what entering would refuse, before any work is done; writes nothing."""
+        try:
+            self._check()
+        except OSError as error:
+            raise _as_input_error(error, self.out) from error
 
     def _check(self) -> None:
         out = self.out
+        if "\0" in os.fspath(out):
+            raise InputError("has a null character in its name", path=out)
         if not out.name:
             raise InputError("is the root of the file system", path=out)
         real = out.resolve()

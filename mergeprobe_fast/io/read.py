@@ -36,8 +36,9 @@ def read_into(
     stamps = [files[i] for i in used]
     failure = _native.core().read_files(
         [os.fsencode(s.path) for s in stamps],
-        np.array([s.size for s in stamps], np.int64),
-        np.array([s.mtime_ns for s in stamps], np.int64),
+        np.array(
+            [(s.size, s.mtime_ns, s.ctime_ns, s.inode) for s in stamps], np.uint64
+        ).astype(np.int64),
         bounds,
         np.ascontiguousarray(offsets[order], np.int64),
         np.ascontiguousarray(nbytes[order], np.int64),

@@ -121,7 +121,10 @@ def _read_raw(path: str | os.PathLike[str]) -> tuple[FileStamp, bytes]:
         raw = file.read(length)
     if len(raw) != length:
         raise Bad(f"is truncated: {len(raw)} of {length} header bytes could be read")
-    return FileStamp(Path(path), status.st_size, status.st_mtime_ns), raw
+    stamp = FileStamp(
+        Path(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    )
+    return stamp, raw
 
 
 def _check_length(layout: HeaderLayout, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from mergeprobe_fast.io.atomic import AtomicFolder
 from mergeprobe_fast.io.peft_writer import RoundedModule, WrittenModule, write_adapter
 from mergeprobe_fast.merging.methods import MergedModule
 from mergeprobe_fast.ops import block_gram
-from mergeprobe_fast.zoo import Zoo
+from mergeprobe_fast.zoo import Zoo, text
 
 REPORT_NAME = "merge.json"
 
@@ -75,7 +76,7 @@ class MergedAdapter:
     def report(self, written: dict[str, RoundedModule] | None = None) -> dict[str, Any]:
         """What was done, and the exact error of each module, as plain JSON values."""
         rows: dict[str, Any] = {}
-        energy = lost = rounded = 0.0
+        norms, lost, rounded = [], [], []
         for m in self.modules:
             row: dict[str, Any] = {
                 "rank": int(m.a.shape[0]),
@@ -85,20 +86,22 @@ class MergedAdapter:
                 "truncation_error_relative": m.truncation_error / m.norm if m.norm else 0.0,
                 "members": list(m.members),
             }
-            energy += m.norm**2
-            lost += m.truncation_error**2
+            norms.append(m.norm)
+            lost.append(m.truncation_error)
             if written is not None:
                 error = _rounding_error(m, written[m.module.name])
-                rounded += error**2
+                rounded.append(error)
                 row["rounding_error_relative"] = error / m.norm if m.norm else 0.0
             rows[m.module.name] = row
+        norm = math.hypot(*norms)
+        truncated = math.hypot(*lost) / norm if norm else 0.0
         total = {
-            "norm": float(np.sqrt(energy)),
-            "truncation_error_relative": float(np.sqrt(lost / energy)) if energy else 0.0,
-            "energy_kept": 1.0 - lost / energy if energy else 1.0,
+            "norm": norm,
+            "truncation_error_relative": truncated,
+            "energy_kept": 1.0 - truncated**2,
         }
         if written is not None:
-            total["rounding_error_relative"] = float(np.sqrt(rounded / energy)) if energy else 0.0
+            total["rounding_error_relative"] = math.hypot(*rounded) / norm if norm else 0.0
         return {
             "tool": f"mergeprobe_fast {mergeprobe_fast.__version__}",
             "method": self.method,
@@ -106,7 +109,7 @@ class MergedAdapter:
             "dtype": self.dtype,
             "base_model": self.zoo.base_model,
             "adapters": [
-                {"name": a.name, "path": str(a.path), "weight": float(w)}
+                {"name": a.name, "path": text(a.path), "weight": float(w)}
                 for a, w in zip(self.zoo, self.weights, strict=True)
             ],
             "notes": list(self.zoo.notes),

@@ -62,11 +62,13 @@ def cat(request: MergeRequest) -> Iterator[MergedModule]:
             for r in rows:
                 weight = request.weights[raw.entries["adapter"][r]] * raw.entries["scale"][r]
                 a.append(_factor(raw, r, "a"))
-                b.append((_factor(raw, r, "b") * weight).astype(np.float32))
-            stacked_a, stacked_b = np.concatenate(a), np.concatenate(b, axis=1)
+                b.append(_factor(raw, r, "b") * np.float64(weight))
+            stacked_a, exact_b = np.concatenate(a), np.concatenate(b, axis=1)
+            with np.errstate(over="ignore"):  # checked for every method at once
+                stacked_b = exact_b.astype(np.float32)
             yield MergedModule(
                 zoo.modules[module], stacked_a, stacked_b, _members(request, raw, rows),
-                _norm(stacked_a, stacked_b), 0.0, len(stacked_a),
+                _norm(stacked_a, exact_b), 0.0, len(stacked_a),
             )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def _chunks(request: MergeRequest) -> Iterator[RawChunk]:
 
 
 def _by_module(request: MergeRequest, raw: RawChunk) -> Iterator[tuple[int, np.ndarray]]:
-    """(module, rows of the chunk) for adapters whose weight is not zero; all when all are zero."""
+    """(module, rows of the chunk) of every module that any adapter has."""
     bounds = np.searchsorted(
         raw.entries["module"], np.arange(raw.chunk.first, raw.chunk.last + 1)
     )

@@ -12,7 +12,7 @@ from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.dtypes import FACTOR_DTYPES
 from mergeprobe_fast.merging import linear
 from mergeprobe_fast.merging.adapter import MergedAdapter
-from mergeprobe_fast.merging.methods import MergeMethod, MergeRequest
+from mergeprobe_fast.merging.methods import MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.zoo import Zoo
 
 MERGE_METHODS: dict[str, MergeMethod] = {
@@ -82,7 +82,18 @@ def merge(
         zoo, checked, rank, _env.threads_or_default(threads), progress,
         {**chosen.defaults, **arguments},
     )  # fmt: skip
-    return MergedAdapter(zoo, method, checked, rank, dtype, tuple(chosen.run(request)))
+    modules = tuple(_checked(m) for m in chosen.run(request))
+    return MergedAdapter(zoo, method, checked, rank, dtype, modules)
+
+
+def _checked(m: MergedModule) -> MergedModule:
+    """Refuse a module whose float32 factors lost the update."""
+    name = m.module.name
+    if not (np.isfinite(m.a).all() and np.isfinite(m.b).all() and np.isfinite(m.norm)):
+        raise InputError("the merged update overflows float32", key=name)
+    if m.norm > 0 and m.rank_before > 0 and not (m.a.any() and m.b.any()):
+        raise InputError("the merged update underflows float32", key=name)
+    return m
 
 
 def _weights(weights: Sequence[float] | None, n: int) -> np.ndarray:

@@ -40,7 +40,7 @@ class Checked:
         }
 
 
-def check_paths(paths: Sequence[str]) -> Checked:
+def check_paths(paths: Sequence[str], *, same_base: bool = False) -> Checked:
     """Examine adapters, and folders of them, one by one and then as a zoo.
 
     InputError when a folder holds no adapters.
@@ -57,7 +57,7 @@ def check_paths(paths: Sequence[str]) -> Checked:
     problem = None
     if len(good) > 1:
         try:
-            notes += (n for n in Zoo(good).notes if n not in notes)
+            notes += (n for n in Zoo(good, same_base=same_base).notes if n not in notes)
         except InputError as error:
             problem = str(error)
     return Checked(covered, notes, problem)

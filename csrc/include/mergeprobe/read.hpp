@@ -14,7 +14,7 @@ struct FileRange {
 
 struct FileRead {
   const char* path;
-  i64 size, mtime_ns;  // as they were when the header was parsed; mtime_ns < 0: not checked
+  i64 size, mtime_ns, ctime_ns, inode;  // as they were when the header was parsed
   std::vector<FileRange> ranges;
 };
 

@@ -1,0 +1,13 @@
+"""One module per suite; each has ``cases(quick) -> list[Case]``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+SUITES = ("gram", "everyday", "screen", "merge", "peers")
+
+
+def load(name: str) -> ModuleType:
+    """The suite's module."""
+    return import_module(f"suites.{name}")
