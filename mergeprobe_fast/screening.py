@@ -82,10 +82,13 @@ def _adapter_table(zoo: Zoo, result: engine.PassResult) -> AdapterTable:
         "name": np.array(zoo.names, dtype=object),
         "path": np.array([text(a.path) for a in zoo.adapters], dtype=object),
         "modules": np.array([len(a.modules) for a in zoo.adapters]),
-        "rank": np.array([_ranks(entries, i) for i in range(len(zoo))], dtype=object),
-        "parameters": np.array([a.parameters for a in zoo.adapters]),
+        "rank": _ranks(entries, len(zoo)),
     }
     owner = entries["adapter"]
+    sizes = np.array([m.d_out + m.d_in for m in zoo.modules])
+    parameters = np.zeros(len(zoo), np.int64)
+    np.add.at(parameters, owner, sizes[entries["module"]] * entries["rank"])
+    columns["parameters"] = parameters
     per_module = {f.name: f.finish(result.sigma) for f in ADAPTER_FEATURES.values()}
     widest = result.sigma.shape[1] * int(np.bincount(owner, minlength=len(zoo)).max(initial=0))
     whole = np.zeros((len(zoo), widest))
@@ -95,27 +98,35 @@ def _adapter_table(zoo: Zoo, result: engine.PassResult) -> AdapterTable:
     for name, f in ADAPTER_FEATURES.items():
         columns[name] = f.finish(whole)
         if name != "norm":
-            columns[f"{name}.mean"] = _grouped(per_module[name], owner, len(zoo), np.mean)
-            columns[f"{name}.max"] = _grouped(per_module[name], owner, len(zoo), np.max)
+            columns[f"{name}.mean"], columns[f"{name}.max"] = _over_modules(
+                per_module[name], owner, len(zoo)
+            )
     zero = np.bincount(owner[result.rank == 0], minlength=len(zoo))
     columns["zero_modules"] = zero
     return AdapterTable(columns)
 
 
-def _ranks(entries: np.ndarray, adapter: int) -> str:
-    ranks = entries["rank"][entries["adapter"] == adapter]
-    low, high = int(ranks.min()), int(ranks.max())
-    return str(low) if low == high else f"{low}-{high}"
+def _ranks(entries: np.ndarray, count: int) -> np.ndarray:
+    """Each adapter's rank, or its smallest and largest: "8", "4-8"."""
+    low, high = np.full(count, np.iinfo(np.int64).max), np.zeros(count, np.int64)
+    np.minimum.at(low, entries["adapter"], entries["rank"])
+    np.maximum.at(high, entries["adapter"], entries["rank"])
+    text = [str(a) if a == b else f"{a}-{b}" for a, b in zip(low, high, strict=True)]
+    return np.array(text, dtype=object)
 
 
-def _grouped(values: np.ndarray, owner: np.ndarray, count: int, reduce) -> np.ndarray:
-    """Over each adapter's modules, leaving out those that are zero (NaN)."""
-    out = np.full(count, np.nan)
-    for i in range(count):
-        own = values[(owner == i) & ~np.isnan(values)]
-        if own.size:
-            out[i] = reduce(own)
-    return out
+def _over_modules(values: np.ndarray, owner: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+    """Mean and largest over each adapter's modules, leaving out those that are zero (NaN)."""
+    valid = ~np.isnan(values)
+    number = np.bincount(owner[valid], minlength=count)
+    total = np.bincount(owner[valid], weights=values[valid], minlength=count)
+    largest = np.full(count, -np.inf)
+    np.maximum.at(largest, owner[valid], values[valid])
+    none = number == 0
+    return (
+        np.where(none, np.nan, total / np.where(none, 1, number)),
+        np.where(none, np.nan, largest),
+    )
 
 
 def _adapter_profile(zoo: Zoo, result: engine.PassResult) -> np.ndarray:

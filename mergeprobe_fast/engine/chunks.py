@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -140,6 +142,7 @@ class CanonicalChunk:
     blocks: np.ndarray  # of BLOCK, rank = numerical rank
     sigma: np.ndarray  # (entries, widest rank), descending, zero padded
     rank: np.ndarray  # numerical rank of each entry
+    buffer: np.ndarray  # what the blocks point into
 
 
 class CanonicalFactors:
@@ -177,7 +180,7 @@ class CanonicalFactors:
             blocks[side]["data"] = jobs[f"{side}_out"]
             blocks[side]["row_stride"], blocks[side]["col_stride"] = 1, e["rank"]
         blocks["rank"] = jobs["rank"]
-        return CanonicalChunk(blocks, sigma, jobs["rank"].copy())
+        return CanonicalChunk(blocks, sigma, jobs["rank"].copy(), self._buffer)
 
 
 def refuse_failed(jobs: np.ndarray, bounds: np.ndarray, raw: RawChunk) -> None:
@@ -197,23 +200,43 @@ def refuse_failed(jobs: np.ndarray, bounds: np.ndarray, raw: RawChunk) -> None:
         )
 
 
-def read_ahead(
-    zoo: Zoo, chunks: list[Chunk], threads: int
-) -> Iterator[RawChunk]:
-    """Each chunk's bytes in turn; the next one is read while the caller computes."""
-    from concurrent.futures import ThreadPoolExecutor
+T = TypeVar("T")
 
-    capacity = max((c.raw_bytes for c in chunks), default=0)
-    buffers = [RawFactors(zoo, capacity) for _ in range(min(2, len(chunks)))]
+
+def ahead(chunks: Sequence[Chunk], prepare: Callable[[Chunk, int], T]) -> Iterator[T]:
+    """``prepare(chunk, slot)`` of each chunk in turn, the next one while the caller computes.
+
+    ``slot`` alternates between 0 and 1: what was prepared is valid until the next one but one.
+    """
     with ThreadPoolExecutor(1) as pool:
-        pending = None
-        for i, chunk in enumerate(chunks):
-            current = (
-                buffers[i % 2].read(chunk, threads) if pending is None
-                else pending.result()
-            )  # fmt: skip
-            pending = (
-                pool.submit(buffers[(i + 1) % 2].read, chunks[i + 1], threads)
-                if i + 1 < len(chunks) else None
-            )  # fmt: skip
+        pending = pool.submit(prepare, chunks[0], 0) if chunks else None
+        for i in range(len(chunks)):
+            current = pending.result()
+            if i + 1 < len(chunks):
+                pending = pool.submit(prepare, chunks[i + 1], (i + 1) % 2)
             yield current
+
+
+def read_ahead(zoo: Zoo, chunks: Sequence[Chunk], threads: int) -> Iterator[RawChunk]:
+    """Each chunk's bytes in turn; the next one is read while the caller computes."""
+    capacity = max((c.raw_bytes for c in chunks), default=0)
+    slots = [RawFactors(zoo, capacity) for _ in range(2)]
+    return ahead(chunks, lambda chunk, slot: slots[slot].read(chunk, threads))
+
+
+def canonicalise_ahead(
+    zoo: Zoo, chunks: Sequence[Chunk], threads: int
+) -> Iterator[tuple[RawChunk, CanonicalChunk]]:
+    """Each chunk read and in canonical form; the next one is prepared while the caller computes.
+
+    The bytes of the ``RawChunk`` are not valid any more: one buffer serves all chunks.
+    """
+    raw = RawFactors(zoo, max((c.raw_bytes for c in chunks), default=0))
+    floats = max((c.canonical_floats for c in chunks), default=0)
+    slots = [CanonicalFactors(floats) for _ in range(2)]
+
+    def prepare(chunk: Chunk, slot: int) -> tuple[RawChunk, CanonicalChunk]:
+        read = raw.read(chunk, threads)
+        return read, slots[slot].compute(read, threads)
+
+    return ahead(chunks, prepare)
