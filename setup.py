@@ -33,6 +33,8 @@ class CMakeBuild(build_ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         work = Path(self.build_temp, target).resolve()
         work.mkdir(parents=True, exist_ok=True)
+        # An isolated build remembers tools of an environment that is gone by the next one.
+        (work / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(work),
             "-DCMAKE_BUILD_TYPE=Release",
