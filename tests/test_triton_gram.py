@@ -340,12 +340,16 @@ def test_tiles_hold_parts_and_parts_hold_rows(rng):
         assert max(np.diff(tiles.parts)) <= tiles.most_parts
 
 
-def test_import_loads_neither_torch_nor_triton():
+def test_import_loads_neither_torch_nor_triton(tmp_path):
     code = "import sys, mergeprobe_fast.kernels; print({'torch', 'triton'} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+    # Not from the checkout: its mergeprobe_fast/ would shadow the installed package.
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path)
+    assert printed == "set()\n"
     code = "import sys; sys.modules['triton'] = None; import mergeprobe_fast.kernels as k"
     child = [sys.executable, "-c", f"{code}; k.block_gram"]
-    error = subprocess.run(child, text=True, capture_output=True, check=False).stderr
+    error = subprocess.run(
+        child, text=True, capture_output=True, check=False, cwd=tmp_path
+    ).stderr
     assert "RuntimeError: the Triton backend needs the package triton, which is missing" in error
 
 
