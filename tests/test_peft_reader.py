@@ -384,7 +384,8 @@ def test_the_adapter_name_default_in_keys_is_what_peft_accepts(tmp_path):
 
 
 def test_a_velora_projection_is_ignored(tmp_path):
-    make_adapter(tmp_path, extra={f"base_model.model.{Q0}.lora_velora_embed": np.ones((2, 3), np.float32)})
+    projection = np.ones((2, 3), np.float32)
+    make_adapter(tmp_path, extra={f"base_model.model.{Q0}.lora_velora_embed": projection})
     assert len(open_adapter(tmp_path).modules) == 4
 
 
