@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,19 +29,61 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except BrokenPipeError:
         # The reader went away: no traceback, and none at shutdown either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 141
+    except OSError as error:  # every file has been dealt with: this is stdout
+        _drop_stdout()
+        return _fail(f"the output cannot be written: {error.strerror or error}")
+
+
+def _drop_stdout() -> None:
+    """Nothing more goes to stdout, not even at shutdown."""
+    if sys.stdout:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_NUMBERS = re.compile(r"[-+\d.eE,]*\d[-+\d.eE,]*")
+
+
+def _join_weights(arguments: list[str]) -> list[str]:
+    """``--weights 0.5 -0.5 a b`` as ``--weights=0.5,-0.5 a b``: paths are no weights."""
+    out: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word != "--weights":
+            out.append(word)
+            continue
+        numbers = []
+        for word in words:
+            if not _NUMBERS.fullmatch(word):
+                # Not a number: the next argument, or the weights themselves when there are none.
+                out += [f"--weights={','.join(numbers)}", word] if numbers else ["--weights", word]
+                break
+            numbers.append(word)
+        else:
+            out.append(f"--weights={','.join(numbers)}" if numbers else "--weights")
+    return out
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _run(arguments: list[str]) -> int:
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # clean up as after Ctrl-C
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), _terminated)
     try:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args(_join_weights(arguments))
     finally:
-        sys.stdout.flush()  # --help, too, may find nobody listening
+        if sys.stdout:
+            sys.stdout.flush()  # --help, too, may find nobody listening
     options.command_line = shlex.join(["mergeprobe-fast", *arguments])
     try:
         code = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         return code
     except MergeprobeError as error:
         return _fail(str(error))
@@ -111,11 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapters, or folders")
     merge.add_argument("--method", default="svd", metavar="M", help="svd (default), linear or cat")
     merge.add_argument(
-        "--weights", nargs="+", metavar="W",
+        "--weights", metavar="W,W",
         help="one per adapter, in the order given (default: 1/N each)",
     )  # fmt: skip
-    # "-0.5,1" is a weight, not an option.
-    merge._negative_number_matcher = re.compile(r"^-\.?\d[\d.eE+,-]*$")
     merge.add_argument("--rank", type=int, metavar="R", help="rank of the result")
     merge.add_argument(
         "--dtype", type=str.upper, choices=("F32", "BF16", "F16"), help="default: as the inputs"
@@ -155,7 +197,7 @@ def _screen(options: argparse.Namespace) -> int:
     from mergeprobe_fast.engine.passes import steps
     from mergeprobe_fast.features import select
     from mergeprobe_fast.io.atomic import AtomicFolder
-    from mergeprobe_fast.report.screen import screen_report, write_screen
+    from mergeprobe_fast.report.screen import CONTENTS, screen_report, write_screen
     from mergeprobe_fast.report.terminal import print_screen_summary, progress
     from mergeprobe_fast.screening import screen
 
@@ -164,12 +206,22 @@ def _screen(options: argparse.Namespace) -> int:
     features = select(names)
     zoo = _open(options.zoo, options)
     console = None if options.json else _console()
-    with AtomicFolder(options.out, options.overwrite, inputs=[a.path for a in zoo]) as folder:
-        if console is None:
-            result = screen(zoo, features, threads=options.threads)
-        else:
-            with progress(console, steps(zoo, features), "modules") as advance:
-                result = screen(zoo, features, threads=options.threads, progress=advance)
+    inputs = [a.path for a in zoo]
+    with AtomicFolder(options.out, options.overwrite, inputs=inputs, contents=CONTENTS) as folder:
+        result = None
+        while result is None:
+            try:
+                if console is None:
+                    result = screen(zoo, features, threads=options.threads)
+                else:
+                    with progress(console, steps(zoo, features), "modules") as advance:
+                        result = screen(zoo, features, threads=options.threads, progress=advance)
+            except InputError as error:
+                # What only the weights themselves show.
+                if not options.skip_bad:
+                    raise
+                zoo = zoo.without(error)
+                _complain(f"left out: {error}")
         report = screen_report(result, options.command_line)
         summary = write_screen(folder, result, report)
     if console is None:
@@ -183,13 +235,15 @@ def _screen(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from mergeprobe_fast.io.atomic import AtomicFolder
     from mergeprobe_fast.merging import merge
+    from mergeprobe_fast.merging.adapter import CONTENTS
     from mergeprobe_fast.report.merge import print_merge_summary
     from mergeprobe_fast.report.terminal import progress
 
     started = time.perf_counter()
     weights = _numbers(options.weights)
     zoo = _open(options.adapters, options)
-    AtomicFolder(options.out, options.overwrite, inputs=[a.path for a in zoo]).check()
+    inputs = [a.path for a in zoo]
+    AtomicFolder(options.out, options.overwrite, inputs=inputs, contents=CONTENTS).check()
     arguments = {
         "method": options.method, "weights": weights, "rank": options.rank,
         "dtype": options.dtype, "threads": options.threads,
@@ -206,11 +260,11 @@ def _merge(options: argparse.Namespace) -> int:
     return OK
 
 
-def _numbers(words: Sequence[str] | None) -> list[float] | None:
-    if words is None:
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
         return None
     try:
-        return [float(part) for word in words for part in word.split(",") if part]
+        return [float(part) for part in text.replace(",", " ").split()]
     except ValueError as error:
         raise InputError(str(error), key="--weights") from None
 

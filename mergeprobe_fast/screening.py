@@ -10,7 +10,7 @@ import numpy as np
 from mergeprobe_fast import engine
 from mergeprobe_fast.features import ADAPTER_FEATURES, Feature, select
 from mergeprobe_fast.table import AdapterTable, PairTable
-from mergeprobe_fast.zoo import Zoo, text
+from mergeprobe_fast.zoo import Paths, Zoo, as_zoo, text
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def screen(
 
 
 def pair_features(
-    zoo: Zoo,
+    zoo: Zoo | Paths,
     features: str | Sequence[str | Feature] = "default",
     *,
     threads: int | None = None,
@@ -57,22 +57,23 @@ def pair_features(
     the product of the two norms). NaN: undefined, because a delta is zero or a module is missing.
 
     Args:
-        zoo: from :func:`mergeprobe_fast.open_zoo`.
+        zoo: from :func:`mergeprobe_fast.open_zoo`, or what that takes.
         features: "default", "all", names from ``mergeprobe_fast.FEATURES``, or declarations.
 
     Raises:
         InputError: an unknown feature, a file that changed, a factor that is not finite.
     """
-    chosen = select(features)
+    zoo, chosen = as_zoo(zoo), select(features)
     result = engine.run(zoo, chosen, threads=threads, progress=progress)
     return PairTable(zoo.names, result.a, result.b, result.columns, result.clipped)
 
 
-def adapter_features(zoo: Zoo, *, threads: int | None = None) -> AdapterTable:
+def adapter_features(zoo: Zoo | Paths, *, threads: int | None = None) -> AdapterTable:
     """One row per adapter: size, norm and spectrum of its whole delta.
 
     Singular values of all modules together; ``<feature>.mean`` and ``.max`` are over modules.
     """
+    zoo = as_zoo(zoo)
     return _adapter_table(zoo, engine.run(zoo, [], threads=threads))
 
 

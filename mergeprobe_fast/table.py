@@ -40,7 +40,10 @@ class Table(Mapping[str, Any]):
 
     def to_pandas(self):
         """The same as a pandas DataFrame (needs pandas)."""
-        import pandas
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("needs pandas: pip install pandas", key="to_pandas") from None
 
         return pandas.DataFrame(self._columns)
 

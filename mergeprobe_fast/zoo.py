@@ -95,10 +95,11 @@ class Zoo(Sequence[AdapterRef]):
         self.root = root
         self.adapters = tuple(adapters)
         self.skipped = tuple(skipped)
+        self._same_base, self._notes = same_base, tuple(notes)
         self.base_model, base_notes = _common_base(self.adapters, same_base)
         self.modules = _common_modules(self.adapters)
         own = (f"{a.name}: {note}" for a in self.adapters for note in a.notes)
-        self.notes = (*notes, *base_notes, *own)
+        self.notes = (*self._notes, *base_notes, *own)
 
     def __len__(self) -> int:
         return len(self.adapters)
@@ -108,6 +109,23 @@ class Zoo(Sequence[AdapterRef]):
 
     def __repr__(self) -> str:
         return f"<Zoo of {len(self)} adapters, {len(self.modules)} modules, {self.base_model}>"
+
+    def without(self, error: InputError) -> Zoo:
+        """The zoo less the adapter that ``error`` names, which goes to ``skipped``.
+
+        Raises ``error`` itself when it names none of them, or the only one.
+        """
+        named = Path(error.path or "")
+        bad = [a for a in self.adapters if a.path == named or a.path in named.parents]
+        if not bad or len(self.adapters) == 1:
+            raise error
+        return Zoo(
+            [a for a in self.adapters if a is not bad[0]],
+            root=self.root,
+            same_base=self._same_base,
+            notes=self._notes,
+            skipped=[*self.skipped, Skipped(bad[0].path, str(error))],
+        )
 
     @property
     def names(self) -> list[str]:
@@ -138,8 +156,16 @@ class Zoo(Sequence[AdapterRef]):
         return ProblemTable(entries, bounds.astype(np.int64), list(files))
 
 
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def as_zoo(zoo: Zoo | Paths) -> Zoo:
+    """A zoo as it is, or opened from paths."""
+    return zoo if isinstance(zoo, Zoo) else open_zoo(zoo)
+
+
 def open_zoo(
-    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    paths: Paths,
     *,
     same_base: bool = False,
     skip_bad: bool = False,
@@ -161,31 +187,54 @@ def open_zoo(
     listed = [Path(p) for p in ([paths] if single else paths)]
     found: list[tuple[str, Path]] = []
     notes: list[str] = []
-    for path in listed:
+    walk_of: dict[Path, int] = {}  # which listed folder a found adapter came from
+    for number, path in enumerate(listed):
         if is_adapter(path) or not path.is_dir():
             found.append((path.name or str(path), path))
         else:
-            found += find_adapters(path, notes)
+            inside = find_adapters(path, notes)
+            walk_of.update((folder, number) for _, folder in inside)
+            found += inside
     if not found:
         raise InputError("no adapters given")
     names = _unique_names(found)
     adapters, skipped = [], []
-    seen: dict[Path, str] = {}
+    seen: dict[Path, tuple[str, Path]] = {}
     for name, (_, path) in zip(names, found, strict=True):
         real = path.resolve()
         if real in seen:
-            raise InputError(f"is given twice (already as {seen[real]!r})", path=path)
-        seen[real] = name
+            known, where = seen[real]
+            if where == path or walk_of.get(path, -1) != walk_of.get(where, -2):
+                raise InputError(f"is given twice (already as {known!r})", path=path)
+            # Two links in one folder: "latest" beside the run it points to.
+            notes.append(f"{name}: the same folder as {known}, taken once")
+            continue
+        seen[real] = (name, path)
         try:
             adapters.append(open_adapter(path, name=name))
         except InputError as error:
             if not skip_bad:
                 raise
             skipped.append(Skipped(path, str(error)))
-    if not adapters:
-        raise InputError(f"none of {len(skipped)} adapters can be used; first: {skipped[0].reason}")
     root = listed[0] if single and listed[0].is_dir() else None
-    return Zoo(adapters, root=root, same_base=same_base, notes=notes, skipped=skipped)
+    notes += (
+        f"{a.name}: itself the result of a merge (merge.json)"
+        for a in adapters
+        if len(adapters) > 1 and (a.path / "merge.json").is_file()
+    )
+    while True:
+        if not adapters:
+            raise InputError(
+                f"none of {len(skipped)} adapters can be used; first: {skipped[0].reason}"
+            )
+        try:
+            return Zoo(adapters, root=root, same_base=same_base, notes=notes, skipped=skipped)
+        except InputError as error:
+            odd = [a for a in adapters if os.fspath(a.path) == error.path]
+            if not skip_bad or not odd or len(adapters) <= 2:  # of two, neither is the odd one
+                raise
+            adapters.remove(odd[0])
+            skipped.append(Skipped(odd[0].path, str(error)))
 
 
 def find_adapters(root: Path, notes: list[str]) -> list[tuple[str, Path]]:
@@ -196,7 +245,8 @@ def find_adapters(root: Path, notes: list[str]) -> list[tuple[str, Path]]:
     inside: list[tuple[str, Path]] = []
     _walk(root, root, tuple(root.resolve().parents), inside, notes)
     if not inside:
-        raise InputError("no adapters in this folder (adapter_config.json)", path=root)
+        stray = "; it holds weight files outside PEFT folders, which are not read" if notes else ""
+        raise InputError(f"no adapters in this folder (adapter_config.json){stray}", path=root)
     return sorted(inside, key=lambda item: natural(item[0]))
 
 
@@ -209,7 +259,7 @@ def _walk(
         entries = sorted(os.scandir(here), key=lambda e: natural(e.name))
     except OSError as error:
         raise InputError(error.strerror or str(error), path=here) from error
-    folders = [Path(e.path) for e in entries if e.is_dir() and not is_temporary(e.path)]
+    folders = [Path(e.path) for e in entries if _is_folder(e) and not is_temporary(e.path)]
     relative = here.relative_to(root).as_posix()
     if is_adapter(here):
         nested = sum(is_adapter(folder) for folder in folders)
@@ -229,6 +279,13 @@ def _walk(
         if folder.is_symlink() and folder.resolve() in (*above, real):
             continue
         _walk(root, folder, (*above, real), inside, notes)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _unique_names(found: Sequence[tuple[str, Path]]) -> list[str]:
@@ -258,44 +315,45 @@ def natural(text: str) -> list[tuple[int, int | str]]:
 
 
 def _common_base(adapters: Sequence[AdapterRef], same: bool) -> tuple[str | None, list[str]]:
-    declared: dict[str, str] = {}
-    silent = []
-    for a in adapters:
-        if a.base_model is None:
-            silent.append(a.name)
-        else:
-            declared.setdefault(a.base_model, a.name)
+    declared = Counter(a.base_model for a in adapters if a.base_model is not None)
+    silent = [a.name for a in adapters if a.base_model is None]
     if len(declared) > 1 and not same:
-        (base1, first), (base2, second) = list(declared.items())[:2]
+        usual, _ = declared.most_common(1)[0]
+        odd = next(a for a in adapters if a.base_model not in (None, usual))
+        other = next(a for a in adapters if a.base_model == usual)
         raise InputError(
-            f"declares base model {base2!r}, but {first!r} declares {base1!r}; "
+            f"declares base model {odd.base_model!r}, but {other.name!r} declares {usual!r}; "
             "if they are the same model, pass --same-base",
-            path=next(a.path for a in adapters if a.name == second),
+            path=odd.path,
         )
     notes = []
     if len(declared) > 1:
         notes.append(f"taken as one base model: {', '.join(sorted(declared))}")
     if silent:
         shown = ", ".join(silent[:3]) + (" ..." if len(silent) > 3 else "")
-        notes.append(f"{len(silent)} adapters declare no base model and are taken to fit: {shown}")
+        notes.append(f"no base model declared, taken to fit ({len(silent)}): {shown}")
     return next(iter(declared), None), notes
 
 
 def _common_modules(adapters: Sequence[AdapterRef]) -> tuple[Module, ...]:
-    first: dict[str, tuple[Module, AdapterRef]] = {}
+    """Every module, as all adapters that have it agree; the odd one out is to blame."""
+    shapes: dict[str, dict[Module, list[AdapterRef]]] = {}
     for adapter in adapters:
         for name, m in adapter.modules.items():
             conv = m.a.shape[1:] if m.kind == "conv2d" else None
             module = Module(name, m.kind, m.d_out, m.d_in, conv)
-            known, where = first.setdefault(name, (module, adapter))
-            if module != known:
-                raise InputError(
-                    f"{_shape(module)} here, {_shape(known)} in {where.name!r}: "
-                    "not the same base model",
-                    path=adapter.path,
-                    key=name,
-                )
-    return tuple(first[name][0] for name in sorted(first, key=natural))
+            shapes.setdefault(name, {}).setdefault(module, []).append(adapter)
+    for name, variants in shapes.items():
+        if len(variants) > 1:
+            usual = max(variants, key=lambda v: len(variants[v]))
+            odd = next(v for v in variants if v != usual)
+            raise InputError(
+                f"{_shape(odd)} here, {_shape(usual)} in {variants[usual][0].name!r}: "
+                "not the same base model",
+                path=variants[odd][0].path,
+                key=name,
+            )
+    return tuple(next(iter(shapes[name])) for name in sorted(shapes, key=natural))
 
 
 def _shape(m: Module) -> str:

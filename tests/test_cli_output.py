@@ -39,8 +39,12 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_overwrite_replaces_the_folder_as_a_whole(run, zoo, command, files):
     Path("out").mkdir()
-    Path("out", "stale").write_text("old")
-    assert run(command, "zoo", "--out", "out", "--overwrite").code == 0
+    Path("out", "thesis").write_text("not ours")
+    assert run(command, "zoo", "--out", "out", "--overwrite").code == 2
+    assert os.listdir("out") == ["thesis"], "what somebody else put there is not ours to remove"
+    Path("out", "thesis").unlink()
+    for _ in range(2):  # into an empty folder, and over an earlier result
+        assert run(command, "zoo", "--out", "out", "--overwrite").code == 0
     assert sorted(os.listdir("out")) == files
     assert sorted(os.listdir()) == ["out", "zoo"]
     good = digests(Path("out"))

@@ -160,9 +160,17 @@ def test_places_that_are_refused(tmp_path, zoo, monkeypatch):
 
 def test_overwrite_replaces_as_a_whole(tmp_path, zoo):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stale").write_text("old")
+    (tmp_path / "out" / "thesis").write_text("not ours")
     with pytest.raises(mpf.InputError, match="exists"):
         mpf.merge(zoo).save(tmp_path / "out")
+    with pytest.raises(mpf.InputError, match="'thesis', which this command does not write"):
+        mpf.merge(zoo).save(tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "thesis").unlink()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")  # somebody's trained adapter
+    (tmp_path / "out" / WEIGHTS).write_text("weights")
+    with pytest.raises(mpf.InputError, match=r"has no merge\.json: not a result"):
+        mpf.merge(zoo).save(tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "merge.json").write_text("{}")
     mpf.merge(zoo).save(tmp_path / "out", overwrite=True)
     assert sorted(os.listdir(tmp_path / "out")) == ["adapter_config.json", WEIGHTS, "merge.json"]
     assert sorted(os.listdir(tmp_path)) == ["out", "zoo"]

@@ -17,6 +17,7 @@ from mergeprobe_fast.ops._tables import BLOCK, JOB, SEGMENT, address
 from mergeprobe_fast.ops.canonical import NOISE, RELATIVE, STATUS
 from mergeprobe_fast.zoo import Zoo
 
+_LARGEST = 1e60  # of a singular value: its fourth power still fits float64, sums included
 _LINE = 64  # bytes; factors start on a cache line
 
 
@@ -175,6 +176,10 @@ class CanonicalFactors:
             threads, _native.isa(),
         )  # fmt: skip
         refuse_failed(jobs, np.arange(n + 1), raw)
+        for i in np.flatnonzero(sigma[:, 0] > _LARGEST)[:1] if widest else ():
+            adapter, name = raw.names(int(i))
+            reason = f"the update is absurdly large (spectral norm {sigma[i, 0]:.3g}): wrong scale?"
+            raise InputError(reason, path=adapter.path, key=name)
         blocks = np.zeros(n, BLOCK)
         for side in "uv":
             blocks[side]["data"] = jobs[f"{side}_out"]

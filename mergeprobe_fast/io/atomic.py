@@ -37,7 +37,9 @@ class AtomicFolder:
 
     Refused in any case: the root, the home folder, the current folder or one above it, something
     that is not a folder, a symbolic link, and with ``overwrite`` a folder that is, or contains, one
-    of ``inputs``. Refusals, and ``OSError`` from the disk inside the block, are ``InputError``.
+    of ``inputs``. With ``contents``, only a folder of exactly these files (or an empty one) is
+    replaced: what somebody else put there is not ours to remove. Refusals, and ``OSError`` from
+    the disk inside the block, are ``InputError``.
     """
 
     def __init__(
@@ -46,11 +48,13 @@ class AtomicFolder:
         overwrite: bool = False,
         *,
         inputs: Iterable[str | os.PathLike[str]] = (),
+        contents: Iterable[str] | None = None,
     ) -> None:
         # abspath and not resolve: a link in the last place is refused, not followed.
         self.out = Path(os.path.abspath(out))
         self._overwrite = overwrite
         self._inputs = [Path(path) for path in inputs]
+        self._contents = None if contents is None else frozenset(contents)
         self._made: list[Path] = []
         self._temporary: Path | None = None
 
@@ -124,6 +128,17 @@ class AtomicFolder:
             source = path.resolve()
             if source == real or real in source.parents:
                 raise InputError(f"would overwrite the input {path}", path=out)
+        present = sorted(os.listdir(out))
+        if self._contents is None or not present:
+            return
+        foreign = [name for name in present if name not in self._contents]
+        if foreign:
+            reason = f"holds {foreign[0]!r}, which this command does not write; not overwritten"
+            raise InputError(reason, path=out)
+        missing = sorted(self._contents - set(present))
+        if missing:
+            reason = f"has no {missing[0]}: not a result of this command; not overwritten"
+            raise InputError(reason, path=out)
 
     def _make_parents(self) -> None:
         missing = []
@@ -171,9 +186,13 @@ class AtomicFolder:
         if os.path.lexists(self.out) or not self.out.parent.is_dir() or not self.out.name:
             return
         prefix = self._sibling("old").name[:-16]
-        moved = [path for path in self.out.parent.iterdir() if path.name.startswith(prefix)]
-        if len(moved) == 1 and is_temporary(moved[0]):
-            os.rename(moved[0], self.out)
+        moved = [
+            path
+            for path in self.out.parent.iterdir()
+            if path.name.startswith(prefix) and is_temporary(path)
+        ]
+        if moved:  # an earlier kill may have left another one: the last one moved is the result
+            os.rename(max(moved, key=lambda path: path.stat().st_ctime_ns), self.out)
 
     def _discard(self) -> None:
         if self._temporary is not None:

@@ -18,6 +18,7 @@ from mergeprobe_fast.ops import block_gram
 from mergeprobe_fast.zoo import Zoo, text
 
 REPORT_NAME = "merge.json"
+CONTENTS = ("adapter_config.json", "adapter_model.safetensors", REPORT_NAME)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class MergedAdapter:
             name: m.fan_in_fan_out for a in self.zoo for name, m in a.modules.items()
             if m.fan_in_fan_out
         }  # fmt: skip
-        with AtomicFolder(folder, overwrite, inputs=inputs) as temporary:
+        with AtomicFolder(folder, overwrite, inputs=inputs, contents=CONTENTS) as temporary:
             written = write_adapter(
                 temporary,
                 base_model=self.zoo.base_model,
@@ -112,10 +113,19 @@ class MergedAdapter:
                 {"name": a.name, "path": text(a.path), "weight": float(w)}
                 for a, w in zip(self.zoo, self.weights, strict=True)
             ],
-            "notes": list(self.zoo.notes),
+            "notes": [*self.zoo.notes, *self._remarks()],
             "total": total,
             "modules": rows,
         }
+
+    def _remarks(self) -> list[str]:
+        most = max(m.rank_before for m in self.modules)
+        if most == 0:
+            return ["the merged update is zero: the weighted updates cancel, or all are zero"]
+        written = max(m.a.shape[0] for m in self.modules)
+        if written > most:
+            return [f"the sum has rank {most} at most; padded with zeros to {written}"]
+        return []
 
     def _agreed(self, key: str) -> Any:
         values = {json.dumps(a.config.get(key)) for a in self.zoo}

@@ -13,7 +13,7 @@ from mergeprobe_fast.io.dtypes import FACTOR_DTYPES
 from mergeprobe_fast.merging import linear
 from mergeprobe_fast.merging.adapter import MergedAdapter
 from mergeprobe_fast.merging.methods import MergedModule, MergeMethod, MergeRequest
-from mergeprobe_fast.zoo import Zoo
+from mergeprobe_fast.zoo import Paths, Zoo, as_zoo
 
 MERGE_METHODS: dict[str, MergeMethod] = {
     m.name: m
@@ -26,7 +26,7 @@ MERGE_METHODS: dict[str, MergeMethod] = {
 
 
 def merge(
-    zoo: Zoo,
+    zoo: Zoo | Paths,
     method: str = "svd",
     weights: Sequence[float] | None = None,
     rank: int | None = None,
@@ -39,6 +39,7 @@ def merge(
     """Merge all adapters of a zoo into one.
 
     Args:
+        zoo: from :func:`mergeprobe_fast.open_zoo`, or what that takes.
         method: a name in ``mergeprobe_fast.MERGE_METHODS``.
         weights: one factor per adapter, in the zoo's order, multiplied into its delta; any sign.
             None is 1/N each.
@@ -54,6 +55,7 @@ def merge(
         InputError: an unknown method or argument, wrong weights or rank, a factor that is not
             finite, a file that changed since the zoo was opened.
     """
+    zoo = as_zoo(zoo)
     chosen = MERGE_METHODS.get(method)
     if chosen is None:
         known = ", ".join(MERGE_METHODS)
@@ -72,6 +74,9 @@ def merge(
         if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
             raise InputError(f"must be a positive integer, got {rank!r}", key="rank")
         rank = int(rank)
+        largest = max(max(m.d_out, m.d_in) for m in zoo.modules)
+        if rank > largest:
+            raise InputError(f"larger than every module ({largest}), got {rank}", key="rank")
     used = sorted({factor.dtype for a in zoo for m in a.modules.values() for factor in (m.a, m.b)})
     if dtype is None:
         dtype = used[0] if len(used) == 1 else "F32"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.io.coverage import Coverage, check
+from mergeprobe_fast.io.coverage import Coverage, Problem, check
+from mergeprobe_fast.io.dtypes import STORAGE, to_f32
 from mergeprobe_fast.io.peft import is_adapter, open_adapter
 from mergeprobe_fast.zoo import Zoo, find_adapters
 
@@ -52,7 +55,7 @@ def check_paths(paths: Sequence[str], *, same_base: bool = False) -> Checked:
             folders.append(path)
         else:
             folders += [folder for _, folder in find_adapters(path, notes)]
-    covered = [check(folder) for folder in folders]
+    covered = [_with_values(check(folder)) for folder in folders]
     good = [open_adapter(c.path, name=str(c.path)) for c in covered if c.ok]
     problem = None
     if len(good) > 1:
@@ -61,6 +64,25 @@ def check_paths(paths: Sequence[str], *, same_base: bool = False) -> Checked:
         except InputError as error:
             problem = str(error)
     return Checked(covered, notes, problem)
+
+
+def _with_values(coverage: Coverage) -> Coverage:
+    """Also reads the weights of an adapter that opens: they must be finite."""
+    if not coverage.ok:
+        return coverage
+    problems = []
+    try:
+        for module in open_adapter(coverage.path).modules.values():
+            for factor in (module.a, module.b):
+                raw = np.fromfile(
+                    factor.file.path, np.uint8, factor.nbytes, offset=factor.offset
+                ).view(STORAGE[factor.dtype])
+                if not np.isfinite(to_f32(raw, factor.dtype)).all():
+                    reason = "holds NaN or infinite values"
+                    problems.append(Problem(str(factor.file.path), factor.key, reason))
+    except (OSError, ValueError) as error:  # the file changed meanwhile
+        problems.append(Problem(str(coverage.path), None, str(error)))
+    return replace(coverage, problems=tuple(problems))
 
 
 def print_coverage(result: Checked, console: Console) -> None:
@@ -80,7 +102,7 @@ def print_coverage(result: Checked, console: Console) -> None:
         scales = sorted({round(m.scale, 6) for m in c.modules if m.scale is not None})
         if scales:
             facts += f", scale {scales[0]:g}" + (f" to {scales[-1]:g}" if len(scales) > 1 else "")
-        facts += f", {counts['used']} tensors used"
+        facts += f", {counts['used']} tensors {'used' if c.ok else 'readable'}"
         for status in ("refused", "ignored"):
             if counts[status]:
                 facts += f", {counts[status]} {status}"

@@ -18,7 +18,10 @@ from mergeprobe_fast.table import PairTable
 NEAR_DUPLICATE = 0.5**0.5
 # Deviations of chance below which a cosine is not called aligned or conflicting.
 BEYOND_CHANCE = 4.0
+# A smaller cosine may be beyond chance in millions of weights, and still mean nothing in practice.
+WORTH_NAMING = 0.01
 LISTED = 10
+CONTENTS = ("adapters.parquet", "pairs.parquet", "report.html", "summary.json")
 
 
 def summarise(pairs: PairTable) -> dict[str, list[dict[str, Any]]]:
@@ -36,8 +39,10 @@ def summarise(pairs: PairTable) -> dict[str, list[dict[str, Any]]]:
         up, down = np.argsort(-cosine, kind="stable"), np.argsort(cosine, kind="stable")
         twins = cosine >= NEAR_DUPLICATE
         return {
-            "most_aligned": listed((z > BEYOND_CHANCE) & (cosine > 0), up, LISTED),
-            "most_conflicting": listed((z < -BEYOND_CHANCE) & (cosine < 0), down, LISTED),
+            "most_aligned": listed((z > BEYOND_CHANCE) & (cosine >= WORTH_NAMING), up, LISTED),
+            "most_conflicting": listed(
+                (z < -BEYOND_CHANCE) & (cosine <= -WORTH_NAMING), down, LISTED
+            ),
             "near_duplicates": listed(twins, up, len(cosine)),
         }
 
@@ -84,6 +89,10 @@ def summary_json(screen: Screen, report: ScreenReport) -> dict[str, Any]:
         "pairs": screen.pairs.rows,
         "features": [f.name for f in screen.features],
         "lists": report.summary,
+        "rules": {
+            "aligned, conflicting": f"|cosine| >= {WORTH_NAMING}, |cosine_z| > {BEYOND_CHANCE:g}",
+            "near-duplicates": f"cosine >= {NEAR_DUPLICATE:.3f}: half of each one's energy shared",
+        },
         "notes": list(report.notes),
         "skipped": [{"path": str(s.path), "reason": s.reason} for s in zoo.skipped],
     }

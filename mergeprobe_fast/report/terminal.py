@@ -34,9 +34,9 @@ PREFERRED = (
     "over_amplification",
 )
 LISTS = {
-    "most_aligned": "Most aligned",
-    "most_conflicting": "Most conflicting",
-    "near_duplicates": "Near-duplicates",
+    "most_aligned": "Most aligned (cosine >= 0.01)",
+    "most_conflicting": "Most conflicting (cosine <= -0.01)",
+    "near_duplicates": "Near-duplicates (cosine >= 0.71, half of each one's energy)",
 }
 FILES = {
     "report.html": "open in a browser",
@@ -82,7 +82,7 @@ def print_screen_summary(
         shown = np.arange(m) if m <= ALL_PAIRS_UP_TO else report.strongest(ALL_PAIRS_UP_TO)
         console.print(_pair_table(report, view, shown))
         if m > len(shown):
-            left = f"{m - len(shown):,} more pairs, all closer to chance: "
+            left = f"{m - len(shown):,} more pairs: "
             console.print(Text(left, style="dim") + _wrap_path(view, folder / "pairs.parquet"))
         for key, title in LISTS.items():
             console.print()
