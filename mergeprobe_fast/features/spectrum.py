@@ -1,4 +1,4 @@
-"""Per-adapter features of the singular values (CATALOGUE.md section 1: A1-A7)."""
+"""Per-adapter features of the singular values."""
 
 from __future__ import annotations
 
@@ -60,34 +60,34 @@ def _energy_rank(share: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 SPECTRUM = (
-    AdapterFeature("norm", "Norm", "Frobenius norm of the update.", _norm, "CATALOGUE A1"),
+    AdapterFeature("norm", "Norm", "Frobenius norm of the update.", _norm, "standard"),
     AdapterFeature(
         "spectral_norm", "Spectral norm", "Largest singular value.", lambda s: s[:, 0] + 0.0,
-        "CATALOGUE A3",
+        "standard",
     ),
     AdapterFeature(
         "nuclear_norm", "Nuclear norm", "Sum of the singular values.", lambda s: s.sum(1),
-        "CATALOGUE A3",
+        "standard",
     ),
     AdapterFeature(
         "stable_rank", "Stable rank", "Squared Frobenius over squared spectral norm.",
-        _stable_rank, "CATALOGUE A4",
+        _stable_rank, "standard",
     ),
     AdapterFeature(
         "effective_rank", "Effective rank",
         "exp of the entropy of sigma / sum sigma (Roy and Vetterli).", _effective_rank,
-        "CATALOGUE A5",
+        "standard",
     ),
     AdapterFeature(
         "participation", "Participation", "(sum sigma^2)^2 / sum sigma^4.", _participation,
-        "CATALOGUE A6",
+        "standard",
     ),
     AdapterFeature(
         "energy_rank_90", "90% energy rank",
-        "Singular values that hold 90% of the squared norm.", _energy_rank(0.90), "CATALOGUE A7",
+        "Singular values that hold 90% of the squared norm.", _energy_rank(0.90), "standard",
     ),
     AdapterFeature(
         "energy_rank_99", "99% energy rank",
-        "Singular values that hold 99% of the squared norm.", _energy_rank(0.99), "CATALOGUE A7",
+        "Singular values that hold 99% of the squared norm.", _energy_rank(0.99), "standard",
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pair features of the row (input) and column (output) spaces (CATALOGUE.md: B8, B12, B14)."""
+"""Pair features of the row (input) and column (output) spaces."""
 
 from __future__ import annotations
 
@@ -54,25 +54,25 @@ def _side(side: str) -> tuple[Feature, ...]:
             f"Mean squared cosine between the {what} of the two updates, all directions alike. "
             "Early in training it mostly tells whether the two started from the same A.",
             _overlap(overlap), (overlap,), 0.0, 1.0, None, "max(rank) / dimension",
-            source="CATALOGUE B8", bounded=unit,
+            source="projection metric on Grassmannians", bounded=unit,
         ),
         Feature(
             f"{side}_rv", f"{side.capitalize()} overlap by energy",
             f"Overlap of the {what} weighted by energy (RV coefficient). Needs no rank decision: "
             "weak directions carry no weight.",
-            _rv(rv), (rv,), 0.0, 1.0, None, "", source="CATALOGUE B12", bounded=unit,
+            _rv(rv), (rv,), 0.0, 1.0, None, "", source="RV coefficient (Robert and Escoufier 1976)", bounded=unit,
         ),
         Feature(
             a_by_b, f"{side.capitalize()} capture, a by b",
             f"Share of a's energy along {what} that b uses too.",
             _capture(capture, False), (capture,), 0.0, 1.0, None, "rank of b / dimension",
-            directed_twin=b_by_a, source="CATALOGUE B14", bounded=unit,
+            directed_twin=b_by_a, source="projected energy", bounded=unit,
         ),
         Feature(
             b_by_a, f"{side.capitalize()} capture, b by a",
             f"Share of b's energy along {what} that a uses too.",
             _capture(capture, True), (capture,), 0.0, 1.0, None, "rank of a / dimension",
-            directed_twin=a_by_b, source="CATALOGUE B14", bounded=unit,
+            directed_twin=a_by_b, source="projected energy", bounded=unit,
         ),
     )  # fmt: skip
 

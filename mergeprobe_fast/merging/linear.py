@@ -28,7 +28,7 @@ def svd(request: MergeRequest) -> Iterator[MergedModule]:
     factors and an SVD of their small core, float64 inside. The error of truncation is exact.
     ``rank`` defaults to the largest rank among the adapters, as in PEFT. Every module gets that
     rank (zeros where the sum has less). Gauge-invariant. PEFT's combination_type "svd";
-    CATALOGUE.md F2.
+    Eckart and Young 1936.
     """
     rank = request.rank
     if rank is None:
@@ -42,7 +42,7 @@ def linear(request: MergeRequest) -> Iterator[MergedModule]:
 
     Exact to float32 rounding: no cross terms B_i A_j (PEFT's "linear" has them), any ranks, any
     signs. Ranks follow from the sum and may differ between modules; with ``rank`` it is ``svd``.
-    Gauge-invariant. CATALOGUE.md F1.
+    Gauge-invariant.
     """
     for raw in _chunks(request):
         yield from _truncated(request, raw, request.rank, pad=request.rank is not None)
@@ -53,7 +53,7 @@ def cat(request: MergeRequest) -> Iterator[MergedModule]:
 
     Exact, A untouched, nothing computed; the rank is the sum of the ranks of the adapters that
     have the module. Takes no ``rank``. The product is gauge-invariant. PEFT's combination_type
-    "cat"; CATALOGUE.md F1.
+    "cat";
     """
     zoo = request.zoo
     for raw in _chunks(request):

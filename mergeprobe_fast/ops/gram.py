@@ -36,7 +36,6 @@ def block_gram(
 
     With ``U`` the stacked rows of every B transposed and ``V`` the stacked rows of every A, this is
     the N x N Gram matrix of the deltas ``s B A``; the (R, R) Grams exist only tile by tile.
-    CATALOGUE.md, section 7 (P1, P1a, P1r, P1t).
 
     Args:
         U: (R, p), V: (R, q); torch tensors or numpy arrays of float32, bfloat16, float16 (or
