@@ -49,7 +49,7 @@ FEATURES = (
         "over_amplification", "Over-amplification",
         "|W_a + W_b|^2 / (|W_a|^2 + |W_b|^2) - 1. Above 0 the sum is larger than independent "
         "updates would make it (they over-amplify), below 0 they cancel.",
-        _over_amplification, (DOT,), -1.0, 1.0, 0.0, "0", source="ours; over-amplification after arXiv 2606.19549",
+        _over_amplification, (DOT,), -1.0, 1.0, 0.0, "0", source="ours",
         bounded=(-1.0, 1.0),
     ),
     Feature(

@@ -53,7 +53,7 @@ def cat(request: MergeRequest) -> Iterator[MergedModule]:
 
     Exact, A untouched, nothing computed; the rank is the sum of the ranks of the adapters that
     have the module. Takes no ``rank``. The product is gauge-invariant. PEFT's combination_type
-    "cat";
+    "cat".
     """
     zoo = request.zoo
     for raw in _chunks(request):
