@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -205,43 +204,17 @@ def refuse_failed(jobs: np.ndarray, bounds: np.ndarray, raw: RawChunk) -> None:
         )
 
 
-T = TypeVar("T")
+def read_ahead(zoo: Zoo, chunks: Sequence[Chunk], threads: int) -> Iterator[RawChunk]:
+    """Each chunk's bytes in turn; the next one is read while the caller computes.
 
-
-def ahead(chunks: Sequence[Chunk], prepare: Callable[[Chunk, int], T]) -> Iterator[T]:
-    """``prepare(chunk, slot)`` of each chunk in turn, the next one while the caller computes.
-
-    ``slot`` alternates between 0 and 1: what was prepared is valid until the next one but one.
+    A chunk is valid until the next one but one is asked for.
     """
+    capacity = max((c.raw_bytes for c in chunks), default=0)
+    buffers = [RawFactors(zoo, capacity) for _ in range(min(2, len(chunks)))]
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(prepare, chunks[0], 0) if chunks else None
+        pending = pool.submit(buffers[0].read, chunks[0], threads) if chunks else None
         for i in range(len(chunks)):
             current = pending.result()
             if i + 1 < len(chunks):
-                pending = pool.submit(prepare, chunks[i + 1], (i + 1) % 2)
+                pending = pool.submit(buffers[(i + 1) % 2].read, chunks[i + 1], threads)
             yield current
-
-
-def read_ahead(zoo: Zoo, chunks: Sequence[Chunk], threads: int) -> Iterator[RawChunk]:
-    """Each chunk's bytes in turn; the next one is read while the caller computes."""
-    capacity = max((c.raw_bytes for c in chunks), default=0)
-    slots = [RawFactors(zoo, capacity) for _ in range(2)]
-    return ahead(chunks, lambda chunk, slot: slots[slot].read(chunk, threads))
-
-
-def canonicalise_ahead(
-    zoo: Zoo, chunks: Sequence[Chunk], threads: int
-) -> Iterator[tuple[RawChunk, CanonicalChunk]]:
-    """Each chunk read and in canonical form; the next one is prepared while the caller computes.
-
-    The bytes of the ``RawChunk`` are not valid any more: one buffer serves all chunks.
-    """
-    raw = RawFactors(zoo, max((c.raw_bytes for c in chunks), default=0))
-    floats = max((c.canonical_floats for c in chunks), default=0)
-    slots = [CanonicalFactors(floats) for _ in range(2)]
-
-    def prepare(chunk: Chunk, slot: int) -> tuple[RawChunk, CanonicalChunk]:
-        read = raw.read(chunk, threads)
-        return read, slots[slot].compute(read, threads)
-
-    return ahead(chunks, prepare)
