@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        with _termination_as_interrupt():
+            return _run(arguments)
     except BrokenPipeError:
         # The reader went away: no traceback, and none at shutdown either.
         _drop_stdout()
@@ -65,15 +67,27 @@ def _join_weights(arguments: list[str]) -> list[str]:
     return out
 
 
-def _terminated(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP clean up as Ctrl-C does; a caller's own handlers come back afterwards."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(arguments: list[str]) -> int:
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # clean up as after Ctrl-C
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), _terminated)
     try:
         options = _parser().parse_args(_join_weights(arguments))
     finally:

@@ -89,9 +89,9 @@ def print_coverage(result: Checked, console: Console) -> None:
     """One line an adapter, its problems below it, and the verdict."""
     from rich.text import Text
 
-    from mergeprobe_fast.report.terminal import _View
+    from mergeprobe_fast.report.terminal import View
 
-    view = _View(console)
+    view = View(console)
     for c in result.adapters:
         counts = c.counts()
         mark = Text("ok      ", style="green") if c.ok else Text("refused ", style="bold red")

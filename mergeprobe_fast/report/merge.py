@@ -19,9 +19,9 @@ def print_merge_summary(
     """Print the content of merge.json in short: members, what was kept, where most was lost."""
     from rich.text import Text
 
-    from mergeprobe_fast.report.terminal import _View
+    from mergeprobe_fast.report.terminal import View
 
-    view = _View(console)
+    view = View(console)
     adapters, modules, total = report["adapters"], report["modules"], report["total"]
     ranks = sorted({m["rank"] for m in modules.values()})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"

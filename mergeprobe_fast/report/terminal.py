@@ -63,7 +63,7 @@ def print_screen_summary(
     from rich.table import Table
     from rich.text import Text
 
-    view = _View(console)
+    view = View(console)
     folder = Path(out_dir)
     n, m = report.n_adapters, report.n_pairs
     base = "no declared base model" if report.base_model is None else report.base_model
@@ -115,11 +115,11 @@ def progress(console: Console, total: int, label: str) -> Iterator[Callable[...,
         Eta(),
     )
     with Progress(*columns, console=console, transient=True, expand=True) as bar:
-        task = bar.add_task(_View(console).clean(label), total=total)
+        task = bar.add_task(View(console).clean(label), total=total)
         yield lambda steps=1: bar.advance(task, steps)
 
 
-class _View:
+class View:
     """Text as one console can show it: no control characters, no markup, ASCII where it must."""
 
     def __init__(self, console: Console) -> None:
@@ -197,7 +197,7 @@ def _count(n: int, word: str) -> str:
     return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
-def _wrap_path(view: _View, path: Path) -> Any:
+def _wrap_path(view: View, path: Path) -> Any:
     from rich.text import Text
 
     return Text(view.clean(path), overflow="fold", style="cyan")
@@ -221,7 +221,7 @@ def _fitting(heads: Sequence[tuple[str, int]], room: int) -> int:
     return max(1, int(np.searchsorted(ends, room, side="right")))
 
 
-def _pair_table(report: ScreenReport, view: _View, rows: np.ndarray) -> Table:
+def _pair_table(report: ScreenReport, view: View, rows: np.ndarray) -> Table:
     from rich.text import Text
 
     m = report.n_pairs
@@ -253,7 +253,7 @@ def _pair_table(report: ScreenReport, view: _View, rows: np.ndarray) -> Table:
     return table
 
 
-def _signed(view: _View, feature: FeatureInfo, value: float) -> Any:
+def _signed(view: View, feature: FeatureInfo, value: float) -> Any:
     from rich.text import Text
 
     style = ""
@@ -262,7 +262,7 @@ def _signed(view: _View, feature: FeatureInfo, value: float) -> Any:
     return Text(view.number(value), style=style)
 
 
-def _list_table(rows: Sequence[Any], title: str, view: _View) -> Any:
+def _list_table(rows: Sequence[Any], title: str, view: View) -> Any:
     from rich.text import Text
 
     if not rows:
@@ -284,7 +284,7 @@ def _list_table(rows: Sequence[Any], title: str, view: _View) -> Any:
     return table
 
 
-def _adapter_table(report: ScreenReport, view: _View) -> Table:
+def _adapter_table(report: ScreenReport, view: View) -> Table:
     table = view.table("Adapters")
     width, names = view.console.width, report.adapters["name"]
     chosen = [key for key in ADAPTER_COLUMNS if key in report.adapters]
