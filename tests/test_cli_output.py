@@ -45,6 +45,10 @@ def test_overwrite_replaces_the_folder_as_a_whole(run, zoo, command, files):
     Path("out", "thesis").unlink()
     for _ in range(2):  # into an empty folder, and over an earlier result
         assert run(command, "zoo", "--out", "out", "--overwrite").code == 0
+    Path("out", "thesis").write_text("kept beside a result")
+    assert_refused(run(command, "zoo", "--out", "out", "--overwrite"), "thesis", "not overwritten")
+    assert sorted(os.listdir("out")) == sorted([*files, "thesis"])
+    Path("out", "thesis").unlink()
     assert sorted(os.listdir("out")) == files
     assert sorted(os.listdir()) == ["out", "zoo"]
     good = digests(Path("out"))
