@@ -1,7 +1,8 @@
 """Merge operators: LoRA adapters in, one LoRA adapter out, from the factors alone."""
 
 from mergeprobe_fast.merging.adapter import MergedAdapter
-from mergeprobe_fast.merging.merge import MERGE_METHODS, merge
-from mergeprobe_fast.merging.methods import MergedModule, MergeMethod
+from mergeprobe_fast.merging.merge import merge
+from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod
+from mergeprobe_fast.merging.registry import MERGE_METHODS
 
-__all__ = ["MERGE_METHODS", "MergeMethod", "MergedAdapter", "MergedModule", "merge"]
+__all__ = ["MERGE_METHODS", "Argument", "MergeMethod", "MergedAdapter", "MergedModule", "merge"]

@@ -13,7 +13,7 @@ import numpy as np
 import mergeprobe_fast
 from mergeprobe_fast.io.atomic import AtomicFolder
 from mergeprobe_fast.io.peft_writer import RoundedModule, WrittenModule, write_adapter
-from mergeprobe_fast.merging.methods import MergedModule
+from mergeprobe_fast.merging.methods import MergedModule, MergeRequest
 from mergeprobe_fast.ops import block_gram
 from mergeprobe_fast.zoo import Zoo, text
 
@@ -30,8 +30,7 @@ class MergedAdapter:
 
     zoo: Zoo
     method: str
-    weights: np.ndarray
-    rank: int | None  # as asked for
+    request: MergeRequest  # as asked for, defaults filled in
     dtype: str
     modules: tuple[MergedModule, ...]
 
@@ -86,6 +85,7 @@ class MergedAdapter:
                 "truncation_error": m.truncation_error,
                 "truncation_error_relative": m.truncation_error / m.norm if m.norm else 0.0,
                 "members": list(m.members),
+                **m.details,
             }
             norms.append(m.norm)
             lost.append(m.truncation_error)
@@ -106,17 +106,26 @@ class MergedAdapter:
         return {
             "tool": f"mergeprobe_fast {mergeprobe_fast.__version__}",
             "method": self.method,
-            "rank": self.rank,
+            "rank": self.request.rank,
+            "energy": self.request.energy,
+            "arguments": {k: _plain(v) for k, v in self.request.arguments.items()},
             "dtype": self.dtype,
             "base_model": self.zoo.base_model,
-            "adapters": [
-                {"name": a.name, "path": text(a.path), "weight": float(w)}
-                for a, w in zip(self.zoo, self.weights, strict=True)
-            ],
+            "adapters": self._adapters(),
             "notes": [*self.zoo.notes, *self._remarks()],
             "total": total,
             "modules": rows,
         }
+
+    def _adapters(self) -> list[dict[str, Any]]:
+        rows = []
+        for i, a in enumerate(self.zoo):
+            row = {"name": a.name, "path": text(a.path)}
+            row["weight"] = _plain(self.request.weights[:, i])
+            if self.request.domains:
+                row["domain"] = self.request.domains[i]
+            rows.append(row)
+        return rows
 
     def _remarks(self) -> list[str]:
         most = max(m.rank_before for m in self.modules)
@@ -130,6 +139,16 @@ class MergedAdapter:
     def _agreed(self, key: str) -> Any:
         values = {json.dumps(a.config.get(key)) for a in self.zoo}
         return json.loads(values.pop()) if len(values) == 1 else None
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON: what is the same for all modules, or all adapters, is one number."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.ndim == 2:
+        columns = [_plain(value[:, i]) for i in range(value.shape[1])]
+        return columns[0] if all(c == columns[0] for c in columns) else columns
+    return float(value[0]) if (value == value[0]).all() else value.tolist()
 
 
 def _rounding_error(m: MergedModule, written: RoundedModule) -> float:

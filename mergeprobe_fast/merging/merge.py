@@ -1,36 +1,33 @@
-"""The front of all merge methods: checks, defaults, dispatch."""
+"""The front of all merge methods: checks, dispatch, and the checks of what comes out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.dtypes import FACTOR_DTYPES
-from mergeprobe_fast.merging import linear
 from mergeprobe_fast.merging.adapter import MergedAdapter
 from mergeprobe_fast.merging.methods import MergedModule, MergeMethod, MergeRequest
+from mergeprobe_fast.merging.request import prepare
+from mergeprobe_fast.merging.source import ZooSource
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo
 
-MERGE_METHODS: dict[str, MergeMethod] = {
-    m.name: m
-    for m in (
-        MergeMethod("svd", linear.svd, defaults={}),
-        MergeMethod("linear", linear.linear, defaults={}),
-        MergeMethod("cat", linear.cat, defaults={}, takes_rank=False),
-    )
-}
+if TYPE_CHECKING:
+    from mergeprobe_fast.io.calibration import Calibration
 
 
 def merge(
     zoo: Zoo | Paths,
     method: str = "svd",
-    weights: Sequence[float] | None = None,
+    weights: Any = None,
     rank: int | None = None,
     *,
+    energy: float | None = None,
+    calibration: Calibration | Any = None,
+    domains: Mapping[str, str] | Sequence[str] | None = None,
     dtype: str | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -41,54 +38,55 @@ def merge(
     Args:
         zoo: from :func:`mergeprobe_fast.open_zoo`, or what that takes.
         method: a name in ``mergeprobe_fast.MERGE_METHODS``.
-        weights: one factor per adapter, in the zoo's order, multiplied into its delta; any sign.
-            None is 1/N each.
+        weights: one factor per adapter, in the zoo's order or by name, multiplied into its delta;
+            any sign. Each may depend on the module (:mod:`mergeprobe_fast.merging.schedule`).
+            None is equal weights: 1/N each, or 1 each for rules that average themselves.
         rank: rank of the result, the same for every module; what None means is the method's.
+        energy: instead, or besides, the share of the squared norm that each module must keep; the
+            smallest such rank is taken, at most ``rank``.
+        calibration: from :func:`mergeprobe_fast.open_calibration`, or its folder. Methods that
+            learn from data need one; given to any other, the report gains the output error of
+            every adapter on its own domain.
+        domains: the calibration domain of every adapter, in order or by name; by default what
+            their names begin with.
         dtype: "F32", "BF16" or "F16" of the result; None: that of the inputs, F32 if they differ.
         progress: called with the number of modules done since the last call.
-        arguments: the method's own.
+        arguments: the method's own, see ``MERGE_METHODS[method].arguments``.
 
     Returns:
-        An adapter whose ``save(folder)`` writes what PEFT loads as it is, and ``merge.json``.
+        An adapter whose ``save`` writes the format of the inputs, and ``merge.json``.
 
     Raises:
         InputError: an unknown method or argument, wrong weights or rank, a factor that is not
             finite, a file that changed since the zoo was opened.
     """
     zoo = as_zoo(zoo)
-    chosen = MERGE_METHODS.get(method)
-    if chosen is None:
-        known = ", ".join(MERGE_METHODS)
-        raise InputError(f"no method {method!r}; there are: {known}", key="method")
-    least, most = chosen.arity
-    if len(zoo) < least or (most is not None and len(zoo) > most):
-        raise InputError(f"{method} cannot merge {len(zoo)} adapters", key="method")
-    unknown = sorted(set(arguments) - set(chosen.defaults))
-    if unknown:
-        raise InputError(f"{method} takes no argument {unknown[0]!r}", key="method")
-    if rank is not None:
-        if not chosen.takes_rank:
-            raise InputError(
-                f"{method} keeps every component and takes no rank; use svd to truncate", key="rank"
-            )
-        if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
-            raise InputError(f"must be a positive integer, got {rank!r}", key="rank")
-        rank = int(rank)
-        largest = max(max(m.d_out, m.d_in) for m in zoo.modules)
-        if rank > largest:
-            raise InputError(f"larger than every module ({largest}), got {rank}", key="rank")
+    chosen, request = prepare(
+        ZooSource(zoo), method, weights=weights, rank=rank, energy=energy,
+        calibration=_opened(calibration), domains=domains, threads=threads, progress=progress,
+        arguments=arguments,
+    )  # fmt: skip
     used = sorted({factor.dtype for a in zoo for m in a.modules.values() for factor in (m.a, m.b)})
     if dtype is None:
         dtype = used[0] if len(used) == 1 else "F32"
     if dtype not in FACTOR_DTYPES:
         raise InputError(f"must be one of {', '.join(FACTOR_DTYPES)}, got {dtype!r}", key="dtype")
-    checked = _weights(weights, len(zoo))
-    request = MergeRequest(
-        zoo, checked, rank, _env.threads_or_default(threads), progress,
-        {**chosen.defaults, **arguments},
-    )  # fmt: skip
-    modules = tuple(_checked(m) for m in chosen.run(request))
-    return MergedAdapter(zoo, method, checked, rank, dtype, modules)
+    modules = tuple(run(chosen, request))
+    return MergedAdapter(zoo, method, request, dtype, modules)
+
+
+def run(method: MergeMethod, request: MergeRequest) -> Iterator[MergedModule]:
+    """The method's modules, refused when float32 cannot hold them."""
+    for m in method.run(request):
+        yield _checked(m)
+
+
+def _opened(calibration: Any) -> Calibration | None:
+    if calibration is None or hasattr(calibration, "domains"):
+        return calibration
+    from mergeprobe_fast.io.calibration import open_calibration
+
+    return open_calibration(calibration)
 
 
 def _checked(m: MergedModule) -> MergedModule:
@@ -99,19 +97,3 @@ def _checked(m: MergedModule) -> MergedModule:
     if m.norm > 0 and m.rank_before > 0 and not (m.a.any() and m.b.any()):
         raise InputError("the merged update underflows float32", key=name)
     return m
-
-
-def _weights(weights: Sequence[float] | None, n: int) -> np.ndarray:
-    if weights is None:
-        return np.full(n, 1.0 / n)
-    try:
-        values = np.asarray(weights, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"must be numbers, got {weights!r}", key="weights") from None
-    if values.shape != (n,):
-        raise InputError(
-            f"expected one for each of {n} adapters, got {values.size}", key="weights"
-        )
-    if not np.isfinite(values).all():
-        raise InputError("must be finite", key="weights")
-    return values

@@ -32,7 +32,9 @@ def print_merge_summary(
     )
     for adapter in adapters[:LISTED_ADAPTERS]:
         name = view.text(adapter["name"], console.width - 12)
-        console.print(Text(f"{view.number(adapter['weight']):>8}  ") + name)
+        weight = adapter["weight"]
+        shown = "varies" if isinstance(weight, list) else view.number(weight)
+        console.print(Text(f"{shown:>8}  ") + name)
     if len(adapters) > LISTED_ADAPTERS:
         console.print(f"          and {len(adapters) - LISTED_ADAPTERS} more", style="dim")
     for note in report["notes"]:

@@ -1,0 +1,180 @@
+"""From what a caller says to a checked MergeRequest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mergeprobe_fast import _env
+from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.merging import schedule
+from mergeprobe_fast.merging.methods import Argument, MergeMethod, MergeRequest
+from mergeprobe_fast.merging.registry import MERGE_METHODS
+from mergeprobe_fast.merging.source import Source
+
+if TYPE_CHECKING:
+    from mergeprobe_fast.io.calibration import Calibration
+
+
+def prepare(
+    source: Source,
+    method: str,
+    *,
+    weights: Any = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    calibration: Calibration | None = None,
+    domains: Mapping[str, str] | Sequence[str] | None = None,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    arguments: Mapping[str, Any],
+) -> tuple[MergeMethod, MergeRequest]:
+    """Everything checked, defaults filled in; see :func:`mergeprobe_fast.merge`."""
+    chosen = MERGE_METHODS.get(method)
+    if chosen is None:
+        known = ", ".join(MERGE_METHODS)
+        raise InputError(f"no method {method!r}; there are: {known}", key="method")
+    n = len(source.names)
+    least, most = chosen.arity
+    if n < least or (most is not None and n > most):
+        takes = f"{least}" if most == least else f"at least {least}"
+        raise InputError(f"{method} cannot merge {n} adapters; it takes {takes}", key="method")
+    return chosen, MergeRequest(
+        source,
+        _weights(chosen, weights, source),
+        _rank(chosen, rank, source),
+        _energy(chosen, energy),
+        _env.threads_or_default(threads),
+        _arguments(chosen, arguments, source),
+        progress,
+        *_calibration(chosen, calibration, domains, source),
+    )
+
+
+def _weights(method: MergeMethod, weights: Any, source: Source) -> np.ndarray:
+    n = len(source.names)
+    if weights is None:
+        weights = [1.0 / n if method.weights == "mean" else 1.0] * n
+    elif isinstance(weights, (int, float)):
+        raise InputError(f"must be numbers, one per adapter, got {weights!r}", key="weights")
+    return schedule.table(weights, source.names, source.modules, "weights")
+
+
+def _rank(method: MergeMethod, rank: Any, source: Source) -> int | None:
+    if rank is None:
+        return None
+    if not method.takes_rank:
+        reason = f"{method.name} keeps every component and takes no rank; use svd to truncate"
+        raise InputError(reason, key="rank")
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
+        raise InputError(f"must be a positive integer, got {rank!r}", key="rank")
+    largest = max(max(m.d_out, m.d_in) for m in source.modules)
+    if rank > largest:
+        raise InputError(f"larger than every module ({largest}), got {rank}", key="rank")
+    return int(rank)
+
+
+def _energy(method: MergeMethod, energy: Any) -> float | None:
+    if energy is None:
+        return None
+    if not method.takes_rank:
+        reason = f"{method.name} keeps every component and takes no energy; use svd to truncate"
+        raise InputError(reason, key="energy")
+    if isinstance(energy, bool) or not isinstance(energy, (int, float, np.number)):
+        raise InputError(f"must be a number, got {energy!r}", key="energy")
+    if not 0 < energy <= 1:
+        raise InputError(f"must be in (0, 1], got {energy!r}", key="energy")
+    return float(energy)
+
+
+def _arguments(
+    method: MergeMethod, given: Mapping[str, Any], source: Source
+) -> dict[str, Any]:
+    unknown = sorted(set(given) - set(method.arguments))
+    if unknown:
+        takes = ", ".join(method.arguments) or "none"
+        raise InputError(f"{method.name} takes no argument {unknown[0]!r} (it takes: {takes})",
+                         key="method")  # fmt: skip
+    return {
+        name: _argument(name, argument, given.get(name, argument.default), source)
+        for name, argument in method.arguments.items()
+    }
+
+
+def _argument(name: str, argument: Argument, value: Any, source: Source) -> Any:
+    try:
+        if not argument.per_adapter:
+            return argument.check(value)
+        values = schedule.table(value, source.names, source.modules, name)
+        for v in np.unique(values):
+            argument.check(float(v))
+        return values
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(str(error), key=name) from None
+
+
+def _calibration(
+    method: MergeMethod,
+    calibration: Calibration | None,
+    domains: Mapping[str, str] | Sequence[str] | None,
+    source: Source,
+) -> tuple[Calibration | None, tuple[str, ...]]:
+    if calibration is None:
+        if method.data:
+            reason = f"{method.name} needs a calibration (mergeprobe-fast calibrate makes one)"
+            raise InputError(reason, key="calibration")
+        if domains is not None:
+            raise InputError("given without a calibration", key="domains")
+        return None, ()
+    if "gradients" in method.data and not calibration.has_gradients:
+        reason = f"has no gradients, which {method.name} needs: calibrate with --gradients"
+        raise InputError(reason, path=calibration.path)
+    return calibration, assign_domains(source.names, list(calibration.domains), domains)
+
+
+def assign_domains(
+    names: Sequence[str],
+    domains: Sequence[str],
+    given: Mapping[str, str] | Sequence[str] | None = None,
+) -> tuple[str, ...]:
+    """The calibration domain of every adapter.
+
+    ``given`` names them, in order or by adapter name. Otherwise an adapter called like a domain, or
+    whose name starts with one and a separator (math-a, math_v2, code.r4), belongs to it.
+
+    Raises:
+        InputError: a domain that is not in the calibration, an adapter without one or with several.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        if isinstance(given, str) or len(given) != len(names):
+            raise InputError(f"expected one for each of {len(names)} adapters", key="domains")
+        given = dict(zip(names, given, strict=True))
+    chosen = dict(given or {})
+    for name, domain in chosen.items():
+        if name not in names:
+            raise InputError(f"names {name!r}, which is no adapter here", key="domains")
+        if domain not in domains:
+            known = ", ".join(domains)
+            raise InputError(f"{name}: no domain {domain!r} in the calibration, which has {known}",
+                             key="domains")  # fmt: skip
+    return tuple(chosen.get(name) or _domain_of(name, domains) for name in names)
+
+
+def _domain_of(name: str, domains: Sequence[str]) -> str:
+    stem = name.replace("\\", "/").rsplit("/", 1)[-1].lower()
+    fits = [d for d in domains if stem == d.lower()]
+    if not fits:
+        fits = [d for d in domains if stem.startswith(tuple(d.lower() + c for c in "-_. "))]
+        longest = max(map(len, fits), default=0)
+        fits = [d for d in fits if len(d) == longest]
+    if len(fits) != 1:
+        reason = (
+            f"cannot tell the calibration domain of {name!r}; say it (--domain {name}=DOMAIN); "
+            f"there are: {', '.join(domains)}"
+        )
+        raise InputError(reason, key="domains")
+    return fits[0]
