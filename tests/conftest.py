@@ -25,6 +25,9 @@ SEED = int(os.environ.get("MERGEPROBE_TEST_SEED") or secrets.randbits(32))
 ALLOCATING = (
     "mergeprobe_fast.ops.gram",
     "mergeprobe_fast.ops.canonical",
+    "mergeprobe_fast.ops.tiles",
+    "mergeprobe_fast.ops.tiles_low_rank",
+    "mergeprobe_fast.ops.tiles_reference",
     "mergeprobe_fast.engine.chunks",
     "mergeprobe_fast.engine.passes",
     "mergeprobe_fast.engine.aggregate",

@@ -42,6 +42,32 @@ def gram_bound(accumulate: str, p: int, q: int, widest: int, rows: int = 0) -> f
     return LAMBDA * u * terms**0.5
 
 
+def entry_bound(rank: int) -> float:
+    """|x - x_ref| <= bound * |s| |B| |A| of one entry of a delta, from float32 factors.
+
+    A chain of ``rank`` multiply-adds (twice as many roundings where there is no fused one), the
+    scale's own rounding and its product.
+    """
+    return (2 * rank + 2) * U32
+
+
+def rule_bound(n: int) -> float:
+    """|m - m_ref| <= bound * sum_i |w_i rescale_i x_i| / |divisor|, from float32 entries.
+
+    Per term two products, then n sums of terms and n of divisors, and a division.
+    """
+    return (2 * n + 5) * U32
+
+
+def sketch_bound(d_in: int, d_out: int = 0) -> float:
+    """|y - M x| <= bound * |M| |x| over d_in, and |z - M^T y| over d_out, from float32 M, x and y.
+
+    Chains of 256 columns or 32 rows, then one sum per chain (twice without a fused multiply-add).
+    """
+    d, chain = (d_out, 32) if d_out else (d_in, 256)
+    return (2 * min(d, chain) + -(-d // min(chain, 16)) + 2) * U32
+
+
 TOLERANCES = {
     "cosine": Tolerance(
         5e-7, "the project's promise for float32 accumulation; measured 2e-9 at N = 200",
@@ -72,9 +98,45 @@ TOLERANCES = {
         1e-10, "singular values are float64 from exact float32 factors; ratios of them",
         "sigma^2 normalised instead of sigma in the effective rank",
     ),
+    "basis": Tolerance(
+        1e-7, "of the norm, where a rule acts in a singular basis (core space, KnOTS) or on polar "
+        "factors: float64 vectors are off by eps kappa^2 <= 1e-16 * 1e6 over a relative gap of "
+        "1e-3; measured 1e-11", "another density, seed or share, or elections after weights",
+    ),
     "gauge": Tolerance(
         1e-5, "moved factors are rounded to float32 again: kappa(M) sqrt(r) u32, kappa = 5, and "
         "'feature' on both sides", "a norm of the factors themselves",
+    ),
+    "tile_squares": Tolerance(
+        1e-11, "float64 sums of float32 squares, which are exact there: n u64 with n <= 1e5",
+        "one entry of 1e5 left out",
+    ),
+    "low_rank": Tolerance(
+        1e-5, "the project's promise for the error of rank k, relative to the best; measured 1e-7",
+        "no pass after the first (1e-3 for a flat spectrum)",
+    ),
+    "low_rank_floor": Tolerance(
+        2e-5, "of ||M||: entries of M X are float32 sums of d_in <= 400 terms, off by sqrt(d_in) u "
+        "of their own size, as much in M^T Y, over k <= 12 components; measured 7e-6",
+        "a component of the merge left out",
+    ),
+    "low_rank_error": Tolerance(
+        2e-5, "||M||^2 less what was captured, both to 1e-7 of ||M||^2, halved by the root, where "
+        "1% of it or more is left out; below that the difference itself, in float32",
+        "the error of rank k - 1",
+    ),
+    "bf16_gram": Tolerance(
+        2.0**-7 + 2.0**-16, "X^T X of rows rounded to BF16, componentwise: 2 u + u^2 with u = 2^-8",
+        "rows of other tokens",
+    ),
+    "regmean": Tolerance(
+        1e-6, "float64 but for A' in float32: |B| u |A'| summed over R <= 128, u sqrt(R) = 7e-7 of "
+        "the delta where factors do not cancel; measured 3e-8", "one weight off by a thousandth",
+    ),
+    "regmean float32": Tolerance(
+        5e-5, "K = I + Z Z^T, |K^-1 Z| <= 1/2: a quarter of |dK|, with dK random of about "
+        "2 u sqrt(T) K_tt = 1e-4 at T = 2048, K_tt = 19; measured 4e-6 to 1.3e-5",
+        "the samples rounded once more to bfloat16 (1e-3 to 1e-2)",
     ),
 }  # fmt: skip
 

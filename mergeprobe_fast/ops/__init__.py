@@ -1,11 +1,41 @@
-"""The primitives on LoRA factors: block Gram (P1) and canonical form (P3).
+"""The primitives on LoRA factors: block Gram (P1), delta tiles (P2) and canonical form (P3).
 
-Checks and dispatch live here, speed in ``csrc`` and ``kernels``; :mod:`.reference` holds the
-float64 definitions under the same names.
+Checks and dispatch live here, speed in ``csrc`` and ``kernels``; :mod:`.reference` and
+:mod:`.tiles_reference` hold the float64 definitions under the same names.
 """
 
-from mergeprobe_fast.ops import reference
+from mergeprobe_fast.ops import reference, tiles_reference
 from mergeprobe_fast.ops.canonical import canonical
 from mergeprobe_fast.ops.gram import block_gram
+from mergeprobe_fast.ops.tiles import (
+    Norms,
+    NotFinite,
+    Sketch,
+    magnitude_thresholds,
+    merge_dense,
+    merge_sketch,
+    order_statistics,
+    pruned_norms,
+)
+from mergeprobe_fast.ops.tiles_low_rank import LowRank, merge_low_rank
+from mergeprobe_fast.ops.tiles_rule import Deltas, ElementwiseRule, stream
 
-__all__ = ["block_gram", "canonical", "reference"]
+__all__ = [
+    "Deltas",
+    "ElementwiseRule",
+    "LowRank",
+    "Norms",
+    "NotFinite",
+    "Sketch",
+    "block_gram",
+    "canonical",
+    "magnitude_thresholds",
+    "merge_dense",
+    "merge_low_rank",
+    "merge_sketch",
+    "order_statistics",
+    "pruned_norms",
+    "reference",
+    "stream",
+    "tiles_reference",
+]

@@ -33,6 +33,31 @@ JOB = np.dtype(
         ("bad_segment", np.int64),
     ]
 )
+# P2: one adapter of a module, and the rule; see csrc/include/mergeprobe/tiles.hpp.
+TILE_ADAPTER = np.dtype(
+    [
+        ("density", np.float64),
+        ("stream", np.uint64),
+        ("weight", np.float32),
+        ("low", np.float32),
+        ("high", np.float32),
+        ("rescale", np.float32),
+    ]
+)
+TILE_RULE = np.dtype(
+    [
+        ("keep", np.int32),
+        ("combine", np.int32),
+        ("elect", np.int32),
+        ("divide", np.int32),
+        ("elect_weighted", np.int32),
+        ("zero_sign", np.int32),
+        ("floor", np.float32),
+        ("_pad", np.int32),
+        ("epsilon", np.float64),
+        ("seed", np.uint64),
+    ]
+)
 
 DTYPE_CODE = {"F32": 0, "BF16": 1, "F16": 2, "F64": 3}
 ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}

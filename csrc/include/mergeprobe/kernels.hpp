@@ -1,5 +1,5 @@
-// The table of inner kernels that each instruction set provides. csrc/cpu/kernels.cpp is compiled
-// once per set; nothing else in the library depends on compiler flags.
+// The table of inner kernels that each instruction set provides. csrc/cpu/kernels.cpp and
+// tile_*.cpp are compiled once per set; nothing else in the library depends on compiler flags.
 #pragma once
 #include "mergeprobe/types.hpp"
 
@@ -31,6 +31,8 @@ struct GemmKernels {
                       const T* weight, T* out);
 };
 
+struct TileKernels;
+
 struct Kernels {
   const char* isa;
   GemmKernels<float> f32;
@@ -39,6 +41,7 @@ struct Kernels {
   // On return the columns are U*sigma and `v` (n columns of length n) holds V; returns the sweeps
   // used, or -1 when it did not converge.
   int (*jacobi_svd)(double* work, i64 m, i64 n, double* v);
+  const TileKernels* tiles;  // mergeprobe/tile_kernels.hpp
 };
 
 // Instruction sets in order of preference, only those compiled in and present on this CPU.
