@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mergeprobe_fast.agreement import common_base, common_naming, is_merged, strangers
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.finding import find_adapters, natural, text
+from mergeprobe_fast.io import kohya
 from mergeprobe_fast.io.adapter import AdapterRef, FileStamp, ModuleKind
-from mergeprobe_fast.io.atomic import is_temporary
-from mergeprobe_fast.io.peft import is_adapter, open_adapter
+from mergeprobe_fast.io.formats import default_name, is_adapter, open_adapter
 
 
 class Module(NamedTuple):
@@ -31,7 +33,10 @@ class Module(NamedTuple):
     @property
     def layer(self) -> str:
         """The block it belongs to: the path up to its first number, or its first part."""
-        match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", self.name)
+        if kohya.is_key(f"{self.name}."):  # underscores where others have dots
+            match = re.match(r".*?_\d+(?=_|$)", self.name)
+        else:
+            match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", self.name)
         return match.group() if match else self.name.split(".")[0]
 
 
@@ -96,10 +101,11 @@ class Zoo(Sequence[AdapterRef]):
         self.adapters = tuple(adapters)
         self.skipped = tuple(skipped)
         self._same_base, self._notes = same_base, tuple(notes)
-        self.base_model, base_notes = _common_base(self.adapters, same_base)
+        common_naming(self.adapters)
+        self.base_model, base_notes = common_base(self.adapters, same_base)
         self.modules = _common_modules(self.adapters)
         own = (f"{a.name}: {note}" for a in self.adapters for note in a.notes)
-        self.notes = (*self._notes, *base_notes, *own)
+        self.notes = (*self._notes, *base_notes, *strangers(self.adapters), *own)
 
     def __len__(self) -> int:
         return len(self.adapters)
@@ -172,8 +178,9 @@ def open_zoo(
 ) -> Zoo:
     """Open a folder of adapters, or a list of adapters and folders; reads headers only.
 
-    A folder is searched recursively; an adapter's own sub-folders (training checkpoints) are not,
-    and are listed in ``notes``. Names are paths relative to the folder.
+    An adapter is a PEFT folder, or a kohya or diffusers ``.safetensors`` file. A folder is searched
+    recursively; an adapter's own sub-folders (training checkpoints) are not, and are listed in
+    ``notes``. Names are paths relative to the folder, files without ``.safetensors``.
 
     Args:
         same_base: take adapters that declare different base models for the same one (names are
@@ -181,7 +188,8 @@ def open_zoo(
         skip_bad: go on without adapters that cannot be used; they are listed in ``skipped``.
 
     Raises:
-        InputError: nothing found, an adapter that cannot be used, two bases, shapes that disagree.
+        InputError: nothing found, an adapter that cannot be used, two bases, shapes that disagree,
+            formats whose module names cannot be matched.
     """
     single = isinstance(paths, (str, os.PathLike))
     listed = [Path(p) for p in ([paths] if single else paths)]
@@ -190,7 +198,7 @@ def open_zoo(
     walk_of: dict[Path, int] = {}  # which listed folder a found adapter came from
     for number, path in enumerate(listed):
         if is_adapter(path) or not path.is_dir():
-            found.append((path.name or str(path), path))
+            found.append((default_name(path) or str(path), path))
         else:
             inside = find_adapters(path, notes)
             walk_of.update((folder, number) for _, folder in inside)
@@ -207,7 +215,8 @@ def open_zoo(
             if where == path or walk_of.get(path, -1) != walk_of.get(where, -2):
                 raise InputError(f"is given twice (already as {known!r})", path=path)
             # Two links in one folder: "latest" beside the run it points to.
-            notes.append(f"{name}: the same folder as {known}, taken once")
+            what = "folder" if path.is_dir() else "file"
+            notes.append(f"{name}: the same {what} as {known}, taken once")
             continue
         seen[real] = (name, path)
         try:
@@ -220,7 +229,7 @@ def open_zoo(
     notes += (
         f"{a.name}: itself the result of a merge (merge.json)"
         for a in adapters
-        if len(adapters) > 1 and (a.path / "merge.json").is_file()
+        if len(adapters) > 1 and is_merged(a)
     )
     while True:
         if not adapters:
@@ -237,66 +246,10 @@ def open_zoo(
             skipped.append(Skipped(odd[0].path, str(error)))
 
 
-def find_adapters(root: Path, notes: list[str]) -> list[tuple[str, Path]]:
-    """(relative path, folder) of the adapters below ``root``, in natural order.
-
-    What was passed over is added to ``notes``. InputError when there is none.
-    """
-    inside: list[tuple[str, Path]] = []
-    _walk(root, root, tuple(root.resolve().parents), inside, notes)
-    if not inside:
-        stray = "; it holds weight files outside PEFT folders, which are not read" if notes else ""
-        raise InputError(f"no adapters in this folder (adapter_config.json){stray}", path=root)
-    return sorted(inside, key=lambda item: natural(item[0]))
-
-
-def _walk(
-    root: Path, here: Path, above: tuple[Path, ...], inside: list[tuple[str, Path]],
-    notes: list[str],
-) -> None:  # fmt: skip
-    """Collect the adapters below ``here``; ``above`` are the real paths of the folders it is in."""
-    try:
-        entries = sorted(os.scandir(here), key=lambda e: natural(e.name))
-    except OSError as error:
-        raise InputError(error.strerror or str(error), path=here) from error
-    folders = [Path(e.path) for e in entries if _is_folder(e) and not is_temporary(e.path)]
-    relative = here.relative_to(root).as_posix()
-    if is_adapter(here):
-        nested = sum(is_adapter(folder) for folder in folders)
-        if nested:
-            notes.append(
-                f"{relative}: {nested} adapters in its sub-folders (checkpoints?) were not opened; "
-                "list them by path to include them"
-            )
-        inside.append((relative, here))
-        return
-    stray = sum(e.name.endswith((".safetensors", ".bin", ".pt", ".ckpt")) for e in entries)
-    if stray:
-        notes.append(f"{here}: {stray} weight files outside PEFT folders were not opened")
-    real = here.resolve()
-    for folder in folders:
-        # A link to a folder that it lies in would be walked for ever.
-        if folder.is_symlink() and folder.resolve() in (*above, real):
-            continue
-        _walk(root, folder, (*above, real), inside, notes)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
 def _unique_names(found: Sequence[tuple[str, Path]]) -> list[str]:
     """Short names where they are unique, else the paths."""
     count = Counter(name for name, _ in found)
     return [text(name if count[name] == 1 else path.as_posix()) for name, path in found]
-
-
-def text(path: str | os.PathLike[str]) -> str:
-    """A path as valid Unicode: bytes that are not UTF-8 become escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def short_labels(paths: Sequence[str]) -> list[str]:
@@ -308,41 +261,18 @@ def short_labels(paths: Sequence[str]) -> list[str]:
     return [".".join(p[common:]) for p in parts]
 
 
-def natural(text: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts layers.2 before layers.10."""
-    parts = (part for part in re.split(r"(\d+)", text) if part)
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
-
-
-def _common_base(adapters: Sequence[AdapterRef], same: bool) -> tuple[str | None, list[str]]:
-    declared = Counter(a.base_model for a in adapters if a.base_model is not None)
-    silent = [a.name for a in adapters if a.base_model is None]
-    if len(declared) > 1 and not same:
-        usual, _ = declared.most_common(1)[0]
-        odd = next(a for a in adapters if a.base_model not in (None, usual))
-        other = next(a for a in adapters if a.base_model == usual)
-        raise InputError(
-            f"declares base model {odd.base_model!r}, but {other.name!r} declares {usual!r}; "
-            "if they are the same model, pass --same-base",
-            path=odd.path,
-        )
-    notes = []
-    if len(declared) > 1:
-        notes.append(f"taken as one base model: {', '.join(sorted(declared))}")
-    if silent:
-        shown = ", ".join(silent[:3]) + (" ..." if len(silent) > 3 else "")
-        notes.append(f"no base model declared, taken to fit ({len(silent)}): {shown}")
-    return next(iter(declared), None), notes
-
-
 def _common_modules(adapters: Sequence[AdapterRef]) -> tuple[Module, ...]:
     """Every module, as all adapters that have it agree; the odd one out is to blame."""
-    shapes: dict[str, dict[Module, list[AdapterRef]]] = {}
+    alike: dict[int, list[AdapterRef]] = {}  # adapters of one recipe: looked at once
     for adapter in adapters:
-        for name, m in adapter.modules.items():
+        plan = getattr(adapter.modules, "plan", adapter.modules)
+        alike.setdefault(id(plan), []).append(adapter)
+    shapes: dict[str, dict[Module, list[AdapterRef]]] = {}
+    for group in alike.values():
+        for name, m in group[0].modules.items():
             conv = m.a.shape[1:] if m.kind == "conv2d" else None
             module = Module(name, m.kind, m.d_out, m.d_in, conv)
-            shapes.setdefault(name, {}).setdefault(module, []).append(adapter)
+            shapes.setdefault(name, {}).setdefault(module, []).extend(group)
     for name, variants in shapes.items():
         if len(variants) > 1:
             usual = max(variants, key=lambda v: len(variants[v]))

@@ -60,11 +60,11 @@ class AdapterRef:
     """One opened adapter: headers read and validated, no weight read yet."""
 
     name: str  # unique within a zoo; the folder name unless that is ambiguous
-    path: Path
-    format: str  # "peft"
+    path: Path  # the folder, or the file of a format without one
+    format: str  # "peft", "kohya" or "diffusers"
     base_model: str | None  # as declared; None when the config does not say
     modules: Mapping[str, ModuleRef]  # sorted by name; the refs are made when asked for
-    config: dict[str, Any]  # the adapter_config.json as read
+    config: dict[str, Any]  # the adapter_config.json as read; of a file, what writing back needs
     notes: tuple[str, ...] = field(default=())  # what a reader of the report should know
 
     @property

@@ -68,7 +68,7 @@ class AtomicFolder:
             self._temporary.mkdir()
         except OSError as error:
             self._remove_parents()
-            raise _as_input_error(error, self.out) from error
+            raise as_input_error(error, self.out) from error
         return self._temporary
 
     def __exit__(
@@ -83,14 +83,14 @@ class AtomicFolder:
                 self._publish()
         except OSError as failure:
             self._discard()
-            raise _as_input_error(failure, self.out) from failure
+            raise as_input_error(failure, self.out) from failure
         except BaseException:
             self._discard()
             raise
         if error is not None:
             self._discard()
             if isinstance(error, OSError):
-                raise _as_input_error(error, self.out) from error
+                raise as_input_error(error, self.out) from error
             temporary = os.fspath(self._temporary)
             if isinstance(error, InputError) and (error.path or "").startswith(temporary):
                 # Nobody has ever heard of the temporary folder, and it is gone.
@@ -102,7 +102,7 @@ class AtomicFolder:
         try:
             self._check()
         except OSError as error:
-            raise _as_input_error(error, self.out) from error
+            raise as_input_error(error, self.out) from error
 
     def _check(self) -> None:
         out = self.out
@@ -165,7 +165,7 @@ class AtomicFolder:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             os.rename(temporary, out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
 
     def _move_aside_and_publish(self) -> None:
         old = self._sibling("old")
@@ -175,7 +175,7 @@ class AtomicFolder:
         except OSError:
             os.rename(old, self.out)
             raise
-        _sync_folder(self.out.parent)
+        sync_folder(self.out.parent)
         # Half removed, it must not carry a name that ``_recover`` would bring back.
         doomed = self._sibling("tmp")
         os.rename(old, doomed)
@@ -207,7 +207,8 @@ class AtomicFolder:
                 return
 
 
-def _as_input_error(error: OSError, out: Path) -> InputError:
+def as_input_error(error: OSError, out: Path) -> InputError:
+    """What the disk said, as an error about ``out``."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
         return InputError("exists; pass --overwrite to replace it", path=out)
@@ -219,16 +220,18 @@ def _as_input_error(error: OSError, out: Path) -> InputError:
 def _sync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync(os.path.join(root, name), os.O_RDONLY)
-        _sync_folder(root)
+            sync(os.path.join(root, name), os.O_RDONLY)
+        sync_folder(root)
 
 
-def _sync_folder(folder: str | os.PathLike[str]) -> None:
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make the names in a folder last."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+        sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def _sync(path: str | os.PathLike[str], flags: int) -> None:
+def sync(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> None:
+    """Make the bytes of a file last."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

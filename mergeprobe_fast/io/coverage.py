@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
-from .peft import Examination, examine
+from .formats import examine
+from .peft import Examination
 
 Status = Literal["used", "refused", "ignored"]
 
@@ -48,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """The whole account of one adapter folder."""
+    """The whole account of one adapter, folder or file."""
 
     path: Path
     base_model: str | None
@@ -100,14 +101,20 @@ def _keys(found: Examination) -> tuple[KeyCoverage, ...]:
     why: dict[str, tuple[Status, str]] = {key: ("ignored", r) for key, r in found.plan.ignored}
     for position, reason in found.resolved.conflicts if found.resolved else ():
         module = found.plan.modules[position]
-        for entry in (module.a, module.b):
-            why[entry.key] = ("refused", reason)
+        alpha = found.alphas[position] if found.alphas else None
+        for entry in (module.a, module.b, alpha):
+            if entry:
+                why[entry.key] = ("refused", reason)
     why.update((key, ("refused", reason)) for key, reason in found.plan.refused)
     used = {entry.key for module in found.plan.modules for entry in (module.a, module.b)}
-    left_over: tuple[Status, str] = ("refused", "the other factor of its module is refused")
+    used.update(entry.key for entry in found.alphas if entry)
     rows = []
     for layout in found.plan.layouts:
         for entry in layout.entries:
+            rest = "factors of its module are" if entry.key.endswith(".alpha") else (
+                "other factor of its module is"
+            )  # fmt: skip
+            left_over = ("refused", f"the {rest} refused")
             default = ("used", None) if entry.key in used else left_over
             status, reason = why.get(entry.key, default)
             rows.append(KeyCoverage(entry.key, status, reason, entry.dtype, entry.shape))

@@ -1,4 +1,4 @@
-"""Which tensors of a PEFT file make up which module, decided once per key set."""
+"""Which tensors make up which module of a PEFT folder, decided once per key set."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .adapter import FactorRef, FileStamp, ModuleKind, ModuleRef
+from .adapter import FactorRef, ModuleKind, ModuleRef
 from .dtypes import FACTOR_DTYPES
-from .safetensors import Entry, HeaderLayout
+from .safetensors import Entry, HeaderLayout, SafetensorsHeader
 
 PREFIX = "base_model.model."
 
@@ -105,17 +105,18 @@ def plan_modules(layouts: tuple[HeaderLayout, ...]) -> Plan:
                 refused.append((entry.key, reason))
     modules: list[PlannedModule] = []
     for name in sorted(halves):
-        planned = _pair(name, halves[name])
+        planned = pair_factors(name, halves[name])
         if isinstance(planned, PlannedModule):
             modules.append(planned)
         else:
             refused.extend(planned)
-    names = _module_names(tuple(module.name for module in modules))
+    names = module_names(tuple(module.name for module in modules))
     return Plan(layouts, tuple(modules), names, tuple(refused), tuple(ignored), tuple(notes))
 
 
 @lru_cache(maxsize=64)
-def _module_names(names: tuple[str, ...]) -> ModuleNames:
+def module_names(names: tuple[str, ...]) -> ModuleNames:
+    """The object that all adapters of these modules share."""
     return ModuleNames(names, {name: position for position, name in enumerate(names)})
 
 
@@ -154,17 +155,24 @@ def _file_factor(
     return None
 
 
-def _pair(name: str, half: dict[str, tuple[int, Entry]]) -> PlannedModule | list[tuple[str, str]]:
-    """Check one module's tensors against each other."""
+def pair_factors(
+    name: str, half: dict[str, tuple[int, Entry]], called: tuple[str, str] = ("lora_A", "lora_B")
+) -> PlannedModule | list[tuple[str, str]]:
+    """Check one module's tensors against each other: the module, or (key, reason) refusals.
+
+    ``half`` maps a role ("A", "B", "embedding_A", "embedding_B") to (file number, tensor);
+    ``called`` is what the format calls A and B of a linear layer.
+    """
     keys = [entry.key for _, entry in half.values()]
     roles = set(half)
     embedding = any(role.startswith("embedding") for role in roles)
     if embedding and not all(role.startswith("embedding") for role in roles):
         return [(key, "module has linear and embedding factors") for key in keys]
     wanted = ("embedding_A", "embedding_B") if embedding else ("A", "B")
-    for role in wanted:
+    for role, said in zip(wanted, called, strict=True):
         if role not in roles:
-            return [(keys[0], f"half a pair: the module has no lora_{role}")]
+            said = f"lora_{role}" if embedding else said
+            return [(keys[0], f"half a pair: the module has no {said}")]
     a, b = half[wanted[0]], half[wanted[1]]
     for _, entry in (a, b):
         if entry.dtype not in FACTOR_DTYPES:
@@ -208,19 +216,25 @@ class ModuleTable(Mapping[str, ModuleRef]):
     adapters fit in memory. The plan and the scales are shared by adapters of one recipe.
     """
 
-    __slots__ = ("_fan_in_fan_out", "_plan", "_scales", "_stamps")
+    __slots__ = ("_fan_in_fan_out", "_plan", "_scales", "_stamps", "_starts")
 
     def __init__(
         self,
         plan: Plan,
-        stamps: tuple[FileStamp, ...],
+        headers: tuple[SafetensorsHeader, ...],
         scales: tuple[float, ...],
         fan_in_fan_out: bool,
     ) -> None:
         self._plan = plan
-        self._stamps = stamps
+        self._stamps = tuple(header.stamp for header in headers)
+        self._starts = tuple(header.data_start for header in headers)
         self._scales = scales
         self._fan_in_fan_out = fan_in_fan_out
+
+    @property
+    def plan(self) -> Plan:
+        """Names, shapes and dtypes; adapters of one recipe share the object."""
+        return self._plan
 
     def __getitem__(self, name: str) -> ModuleRef:
         return self._ref(self._plan.names.index[name])
@@ -252,7 +266,7 @@ class ModuleTable(Mapping[str, ModuleRef]):
         )
 
     def _factor(self, entry: Entry, number: int) -> FactorRef:
-        start = self._plan.layouts[number].data_start + entry.start
+        start = self._starts[number] + entry.start
         stamp = self._stamps[number]
         return FactorRef(stamp, entry.key, entry.dtype, entry.shape, start, entry.nbytes)
 

@@ -1,4 +1,4 @@
-"""PEFT adapter folders: which there are, what lies in them, and opening them without weights."""
+"""PEFT adapter folders: which there are, and what lies in them, without reading weights."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 
 from ..errors import InputError
 from . import strict_json
-from .adapter import AdapterRef
 from .atomic import is_temporary
-from .layout import ModuleTable, Plan, plan_modules
+from .layout import Plan, plan_modules
 from .peft_config import ConfigReading, Resolution, read_config, resolve
-from .safetensors import SafetensorsHeader, read_header, refuse_pickle
+from .safetensors import Entry, SafetensorsHeader, read_header, refuse_pickle
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
 PICKLE_NAME = "adapter_model.bin"
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
+SINGLE_NAMES = re.compile(rf"adapter_model\.safetensors|{_SHARD.pattern}")  # never alone
 _SIGNS = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, PICKLE_NAME)
 
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """Everything found in an adapter folder, good and bad, before anyone decides.
+    """Everything found in an adapter folder or file, good and bad, before anyone decides.
 
     ``open_adapter`` raises the first of ``refused``; ``coverage.check`` lists them all.
     """
@@ -40,6 +40,8 @@ class Examination:
     resolved: Resolution | None  # None when the config gives no rules
     refused: tuple[InputError, ...]
     notes: tuple[str, ...]
+    format: str = "peft"
+    alphas: tuple[Entry | None, ...] = ()  # by position in the plan, in formats that have them
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
@@ -53,32 +55,8 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     )
 
 
-def open_adapter(path: str | os.PathLike[str], name: str | None = None) -> AdapterRef:
-    """Open a PEFT folder: config and headers are read and checked, no weight is read.
-
-    ``name`` defaults to the folder's name. Whatever is not exactly ``scale * B @ A`` on linear,
-    embedding or Conv2d layers is one ``InputError`` naming file, key and reason; when there are
-    more, it says how many.
-    """
-    found = examine(path)
-    if found.refused:
-        raise _first_of(found.refused)
-    assert found.plan and found.resolved and found.reading  # nothing refused
-    stamps = tuple(header.stamp for header in found.headers)
-    return AdapterRef(
-        name=name or found.path.name or found.path.resolve().name,
-        path=found.path,
-        format="peft",
-        base_model=found.reading.base_model,
-        modules=ModuleTable(
-            found.plan, stamps, found.resolved.scales, found.reading.fan_in_fan_out
-        ),
-        config=found.config,
-        notes=found.notes,
-    )
-
-
-def _first_of(refused: tuple[InputError, ...]) -> InputError:
+def first_of(refused: tuple[InputError, ...]) -> InputError:
+    """The first refusal, saying how many there are."""
     first = refused[0]
     if len(refused) == 1:
         return first

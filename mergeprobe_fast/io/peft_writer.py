@@ -94,14 +94,14 @@ def write_adapter(
     for module in modules:
         if module.name in written:
             raise InputError("module given twice", path=folder, key=module.name)
-        rounded = _round(module, dtype, folder)
+        rounded = round_module(module, dtype, folder)
         written[module.name] = rounded
         flags[module.name] = module.fan_in_fan_out
         tensors.update(_tensors(module, rounded))
     if not written:
         raise InputError("no modules to write", path=folder)
     ranks = {name: module.raw_a.shape[0] for name, module in written.items()}
-    config = _config(ranks, any(flags.values()), base_model, task_type, revision)
+    config = adapter_config(ranks, any(flags.values()), base_model, task_type, revision)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.write(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     _write_json(folder / CONFIG_NAME, config)
@@ -110,8 +110,9 @@ def write_adapter(
     return written
 
 
-def _round(module: WrittenModule, dtype: str, folder: Path) -> RoundedModule:
-    _check(module, folder)
+def round_module(module: WrittenModule, dtype: str, path: Path) -> RoundedModule:
+    """What a module becomes in a file; InputError naming it when that is not possible."""
+    _check(module, path)
     # float32 would round the product twice; a float64 copy of one B is small.
     b = module.b if module.scale == 1.0 else np.asarray(module.b, np.float64) * module.scale
     raw_a, raw_b = from_float(module.a, dtype), from_float(b, dtype)
@@ -119,7 +120,7 @@ def _round(module: WrittenModule, dtype: str, folder: Path) -> RoundedModule:
         if not np.isfinite(to_f32(raw, dtype)).all():
             finite = np.isfinite(given).all()
             reason = f"{name} overflows {dtype}" if finite else f"{name} has NaN or Inf"
-            raise InputError(reason, path=folder, key=module.name)
+            raise InputError(reason, path=path, key=module.name)
     return RoundedModule(module.name, dtype, raw_a, raw_b)
 
 
@@ -154,13 +155,14 @@ def _tensors(
     }
 
 
-def _config(
+def adapter_config(
     ranks: dict[str, int],
-    fan_in_fan_out: bool,
-    base_model: str | None,
-    task_type: str | None,
-    revision: str | None,
+    fan_in_fan_out: bool = False,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
+    """PEFT's config for modules of these ranks, every scale 1."""
     r = max(ranks.values())
     # "^" holds PEFT's "(.*\.)?" prefix off, so that the key matches this one path and no other.
     pattern = {f"^{re.escape(name)}": rank for name, rank in sorted(ranks.items()) if rank != r}

@@ -7,6 +7,7 @@ deterministic with several metadata entries too, which the library writes in a r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -48,11 +49,9 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class HeaderLayout:
-    """A parsed header without its file. Files with the same header bytes share one object."""
+    """The tensors of a header. Files that declare the same ones share one object."""
 
     entries: tuple[Entry, ...]  # in the order of their bytes
-    metadata: tuple[tuple[str, str], ...]
-    data_start: int  # bytes from the start of the file
     data_nbytes: int
 
 
@@ -62,11 +61,13 @@ class SafetensorsHeader:
 
     stamp: FileStamp
     layout: HeaderLayout
+    data_start: int  # bytes from the start of the file
+    texts: tuple[tuple[str, str], ...]  # __metadata__
 
     @property
     def tensors(self) -> dict[str, FactorRef]:
         """Every tensor by key, in the order of their bytes, of any dtype."""
-        start = self.layout.data_start
+        start = self.data_start
         return {
             e.key: FactorRef(self.stamp, e.key, e.dtype, e.shape, start + e.start, e.nbytes)
             for e in self.layout.entries
@@ -75,7 +76,7 @@ class SafetensorsHeader:
     @property
     def metadata(self) -> dict[str, str]:
         """The free text entries of the header."""
-        return dict(self.layout.metadata)
+        return dict(self.texts)
 
 
 def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
@@ -84,16 +85,33 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     Raises ``InputError`` with path, key and reason for anything but a complete, well-formed file
     whose tensors tile it without holes, and for pickles, which are never opened.
     """
+    header = _read_header(path)
+    expected = header.data_start + header.layout.data_nbytes
+    if header.stamp.size != expected:
+        what = "is truncated" if header.stamp.size < expected else "has bytes that no tensor owns"
+        reason = f"{what}: {header.stamp.size} bytes, the header declares {expected}"
+        raise InputError(reason, path=path)
+    return header
+
+
+def peek(path: str | os.PathLike[str]) -> HeaderLayout:
+    """What a header declares, whether or not the rest of the file is there.
+
+    Raises ``InputError`` as ``read_header`` does, but not for the file's length.
+    """
+    return _read_header(path).layout
+
+
+def _read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     refuse_pickle(path)
     try:
         stamp, raw = _read_raw(path)
-        layout = _parse_cached(raw) if len(raw) <= _MAX_CACHED_HEADER else _parse(raw)
-        _check_length(layout, stamp.size)
+        layout, texts = _parse(raw)
     except Bad as bad:
         raise InputError(bad.reason, path=path, key=bad.key) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise strict_json.unreadable(path, error) from error
-    return SafetensorsHeader(stamp, layout)
+    return SafetensorsHeader(stamp, layout, 8 + len(raw), texts)
 
 
 def refuse_pickle(path: str | os.PathLike[str]) -> None:
@@ -127,18 +145,26 @@ def _read_raw(path: str | os.PathLike[str]) -> tuple[FileStamp, bytes]:
     return stamp, raw
 
 
-def _check_length(layout: HeaderLayout, size: int) -> None:
-    expected = layout.data_start + layout.data_nbytes
-    if size != expected:
-        what = "is truncated" if size < expected else "has bytes that no tensor owns"
-        raise Bad(f"{what}: {size} bytes, the header declares {expected}")
-
-
-def _parse(raw: bytes) -> HeaderLayout:
+def _parse(raw: bytes) -> tuple[HeaderLayout, tuple[tuple[str, str], ...]]:
     if not raw.startswith(b"{"):
         raise Bad("header is not a JSON object")
+    first = None
+    if raw.startswith(b'{"__metadata__":{'):
+        # Written first, and often the only part that differs between files of one recipe.
+        first, raw = strict_json.split_first(raw, len(b'{"__metadata__":'), "header")
+    raw = raw.rstrip(b" ")  # the padding depends on the metadata too
+    parse = _parse_cached if len(raw) <= _MAX_CACHED_HEADER else _parse_tensors
+    layout, later = parse(raw)
+    if first is None:
+        return layout, () if later is None else later
+    if later is not None:
+        raise Bad("key appears twice", "__metadata__")
+    return layout, _metadata(first)
+
+
+def _parse_tensors(raw: bytes) -> tuple[HeaderLayout, tuple[tuple[str, str], ...] | None]:
     fields = strict_json.parse(raw, "header")
-    metadata = _metadata(fields.pop("__metadata__", {}))
+    metadata = _metadata(fields.pop("__metadata__")) if "__metadata__" in fields else None
     entries = sorted((_entry(*item) for item in fields.items()), key=_position)
     end = 0
     for entry in entries:
@@ -146,11 +172,11 @@ def _parse(raw: bytes) -> HeaderLayout:
             what = "overlaps another tensor" if entry.start < end else "leaves a hole before it"
             raise Bad(f"{what}: starts at {entry.start}, expected {end}", entry.key)
         end += entry.nbytes
-    return HeaderLayout(tuple(entries), metadata, 8 + len(raw), end)
+    return HeaderLayout(tuple(entries), end), metadata
 
 
 # Adapters trained with one recipe have the same header bytes: a zoo parses each header once.
-_parse_cached = lru_cache(maxsize=32)(_parse)
+_parse_cached = lru_cache(maxsize=128)(_parse_tensors)
 
 
 def _position(entry: Entry) -> tuple[int, int]:
@@ -222,23 +248,44 @@ def write(
     declaration) or ``OSError`` (the disk); write inside an ``AtomicFolder``.
     """
     items = {key: _as_bytes(key, value, path) for key, value in tensors.items()}
-    if "__metadata__" in items:
+    text, starts, _ = plan({key: item[:2] for key, item in items.items()}, metadata, path)
+    with open(path, "wb") as file:
+        file.write(text)
+        for key in starts:
+            file.write(items[key][2])
+
+
+def data_sha256(tensors: Mapping[str, TensorLike]) -> str:
+    """SHA-256 of all bytes behind the header that ``write`` would give these tensors."""
+    items = {key: _as_bytes(key, value, None) for key, value in tensors.items()}
+    _, starts, _ = plan({key: item[:2] for key, item in items.items()}, None, None)
+    digest = hashlib.sha256()
+    for key in starts:
+        digest.update(items[key][2])
+    return digest.hexdigest()
+
+
+def plan(
+    declared: Mapping[str, tuple[str, list[int]]], metadata: Mapping[str, str] | None, path: Any
+) -> tuple[bytes, dict[str, int], int]:
+    """The bytes before the tensors, where each tensor begins behind them, in order, and their sum.
+
+    ``declared`` maps a key to (dtype name, shape); tensors are laid out as ``write`` says.
+    """
+    if "__metadata__" in declared:
         raise InputError("is a reserved key", path=path, key="__metadata__")
-    order = sorted(items, key=lambda key: (_RANK[items[key][0]], key))
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
-    end = 0
-    for key in order:
-        dtype, shape, data = items[key]
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + data.nbytes]}
-        end += data.nbytes
+    starts, end = {}, 0
+    for key in sorted(declared, key=lambda key: (_RANK[declared[key][0]], key)):
+        dtype, shape = declared[key]
+        starts[key] = end
+        end += math.prod(shape) * DTYPE_BITS[dtype] // 8
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [starts[key], end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)  # tensors start on an 8-byte boundary
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            file.write(items[key][2])
+    return len(text).to_bytes(8, "little") + text, starts, end
 
 
 # As safetensors orders tensors: by its enum of dtypes, downwards, then by key.

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from ..errors import InputError
 
+_SPACE = " \t\n\r"  # JSON's own
 _MAX_JSON = 1 << 26  # bytes; a real adapter_config.json has some thousand
 
 
@@ -29,23 +30,47 @@ def printable(text: str) -> str:
 
 def parse(raw: bytes, what: str) -> dict[str, Any]:
     """Parse a JSON object; duplicate keys, NaN, lone surrogates and deep nesting are ``Bad``."""
+    value = _decode(raw, what, None)
+    if not isinstance(value, dict):
+        raise Bad(f"{what} is not a JSON object")
+    return value
+
+
+def split_first(raw: bytes, start: int, what: str) -> tuple[Any, bytes]:
+    """The first value of an object, which begins at ``start``, and the object without it.
+
+    As strict as ``parse`` about that value; the rest comes back unread.
+    """
+    value, end, text = _decode(raw, what, start)
+    rest = text[end:].lstrip(_SPACE)
+    if rest.startswith(","):
+        rest = rest[1:].lstrip(_SPACE)
+        if not rest.startswith('"'):
+            raise Bad(f"{what} is not valid JSON: expected a key at character {end}")
+    elif not rest.startswith("}"):
+        raise Bad(f"{what} is not valid JSON: expected ',' at character {end}")
+    return value, ("{" + rest).encode("utf-8")
+
+
+def _decode(raw: bytes, what: str, start: int | None) -> Any:
+    """The whole value; with ``start``, (the value that begins there, its end, the text)."""
     try:
-        value = json.loads(
-            raw.decode("utf-8"),
+        text = raw.decode("utf-8")
+        decoder = json.JSONDecoder(
             # Only an escape can spell a lone surrogate: most files need no check for them.
             object_pairs_hook=_unique_unicode if b"\\u" in raw else _unique,
             parse_constant=_refuse_constant,
             parse_int=_parse_int,
         )
+        if start is None:
+            return decoder.decode(text)
+        return (*decoder.raw_decode(text, start), text)
     except UnicodeDecodeError as error:
         raise Bad(f"{what} is not UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:
         raise Bad(f"{what} is nested too deeply") from None
     except ValueError as error:
         raise Bad(f"{what} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise Bad(f"{what} is not a JSON object")
-    return value
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

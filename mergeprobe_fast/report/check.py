@@ -12,7 +12,7 @@ import numpy as np
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.coverage import Coverage, Problem, check
 from mergeprobe_fast.io.dtypes import STORAGE, to_f32
-from mergeprobe_fast.io.peft import is_adapter, open_adapter
+from mergeprobe_fast.io.formats import is_adapter, open_adapter
 from mergeprobe_fast.zoo import Zoo, find_adapters
 
 if TYPE_CHECKING:
