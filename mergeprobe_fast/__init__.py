@@ -23,10 +23,14 @@ _WHERE = {
     "MergeprobeError": "errors",
     "Zoo": "zoo",
     "adapter_features": "screening",
+    "integrations": "integrations:",
     "merge": "merging",
+    "merge_into": "merging",
+    "open_calibration": "io.calibration",
     "open_zoo": "zoo",
     "ops": "ops:",
     "pair_features": "screening",
+    "record": "record:",
 }
 
 __all__ = [
@@ -38,17 +42,22 @@ __all__ = [
     "Zoo",
     "__version__",
     "adapter_features",
+    "integrations",
     "merge",
+    "merge_into",
+    "open_calibration",
     "open_zoo",
     "ops",
     "pair_features",
+    "record",
 ]
 
 if TYPE_CHECKING:
-    from mergeprobe_fast import ops
+    from mergeprobe_fast import integrations, ops, record
     from mergeprobe_fast.errors import BackendError, InputError, MergeprobeError
     from mergeprobe_fast.features import PAIR_FEATURES as FEATURES
-    from mergeprobe_fast.merging import MERGE_METHODS, merge
+    from mergeprobe_fast.io.calibration import open_calibration
+    from mergeprobe_fast.merging import MERGE_METHODS, merge, merge_into
     from mergeprobe_fast.screening import adapter_features, pair_features
     from mergeprobe_fast.zoo import Zoo, open_zoo
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import mergeprobe_fast
-from mergeprobe_fast.errors import InputError, MergeprobeError
-
-OK, NO, BAD = 0, 1, 2
-SAME_BASE = "take different base model names for one model"
+from mergeprobe_fast.commands import calibrate, inspect, merge, screen
+from mergeprobe_fast.commands._common import BAD, complain
+from mergeprobe_fast.errors import MergeprobeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,20 +104,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int = BAD) -> int:
-    _complain(message)
+    complain(message)
     return code
-
-
-def _complain(message: str) -> None:
-    """One line to stderr; a name from a file must not move the cursor or fail to encode."""
-    line = " ".join(message.split())
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
-        for c in line
-    )
-    encoding = sys.stderr.encoding or "ascii"
-    shown = shown.encode(encoding, "backslashreplace").decode(encoding)
-    print(f"mergeprobe-fast: {shown}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -145,162 +129,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         return sub
 
-    def writes(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
-        sub.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-        sub.add_argument("--threads", type=int, metavar="N", help="default: the cores available")
-        sub.add_argument("--same-base", action="store_true", help=SAME_BASE)
-        sub.add_argument(
-            "--skip-bad", action="store_true", help="go on without adapters that cannot be used"
-        )
-
-    check = command("check", _check, "Say for every tensor whether it is used, and why not.")
-    check.add_argument("paths", nargs="+", metavar="PATH", help="adapters, or folders of them")
-    check.add_argument("--same-base", action="store_true", help=SAME_BASE)
-
-    screen = command("screen", _screen, "Compare every pair of adapters of a zoo.")
-    screen.add_argument("zoo", nargs="+", metavar="ZOO", help="a folder of adapters, or adapters")
-    screen.add_argument(
-        "--features", default="default", metavar="F,F", help="default, all, or names"
-    )
-    writes(screen)
-
-    merge = command("merge", _merge, "Merge adapters into one that PEFT loads as it is.")
-    merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapters, or folders")
-    merge.add_argument("--method", default="svd", metavar="M", help="svd (default), linear or cat")
-    merge.add_argument(
-        "--weights", metavar="W,W",
-        help="one per adapter, in the order given (default: 1/N each)",
-    )  # fmt: skip
-    merge.add_argument("--rank", type=int, metavar="R", help="rank of the result")
-    merge.add_argument(
-        "--dtype", type=str.upper, choices=("F32", "BF16", "F16"), help="default: as the inputs"
-    )
-    writes(merge)
-
-    command("doctor", _doctor, "Say what was built, what is active, and why.")
+    for part in (screen, merge, calibrate, inspect):
+        part.add(command)
     return parser
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    class Plain(Console):
-        def on_broken_pipe(self) -> None:  # rich would exit with 1, which here means "no"
-            raise BrokenPipeError
-
-    return Plain(highlight=False)
-
-
-def _print_json(value: Any) -> None:
-    # ASCII: stdout may have any encoding.
-    print(json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False))
-
-
-def _open(paths: Sequence[str], options: argparse.Namespace) -> Any:
-    from mergeprobe_fast.zoo import open_zoo
-
-    given: Any = paths[0] if len(paths) == 1 else paths
-    zoo = open_zoo(given, same_base=options.same_base, skip_bad=options.skip_bad)
-    for skipped in zoo.skipped:
-        _complain(f"left out: {skipped.reason}")
-    return zoo
-
-
-def _screen(options: argparse.Namespace) -> int:
-    from mergeprobe_fast.engine.passes import steps
-    from mergeprobe_fast.features import select
-    from mergeprobe_fast.io.atomic import AtomicFolder
-    from mergeprobe_fast.report.screen import CONTENTS, screen_report, write_screen
-    from mergeprobe_fast.report.terminal import print_screen_summary, progress
-    from mergeprobe_fast.screening import screen
-
-    started = time.perf_counter()
-    names = options.features.split(",") if "," in options.features else options.features
-    features = select(names)
-    zoo = _open(options.zoo, options)
-    console = None if options.json else _console()
-    inputs = [a.path for a in zoo]
-    with AtomicFolder(options.out, options.overwrite, inputs=inputs, contents=CONTENTS) as folder:
-        result = None
-        while result is None:
-            try:
-                if console is None:
-                    result = screen(zoo, features, threads=options.threads)
-                else:
-                    with progress(console, steps(zoo, features), "modules") as advance:
-                        result = screen(zoo, features, threads=options.threads, progress=advance)
-            except InputError as error:
-                # What only the weights themselves show.
-                if not options.skip_bad:
-                    raise
-                zoo = zoo.without(error)
-                _complain(f"left out: {error}")
-        report = screen_report(result, options.command_line)
-        summary = write_screen(folder, result, report)
-    if console is None:
-        _print_json({**summary, "out": str(options.out)})
-        return OK
-    print_screen_summary(report, console, options.out)
-    console.print(f"{time.perf_counter() - started:.1f} s", style="dim")
-    return OK
-
-
-def _merge(options: argparse.Namespace) -> int:
-    from mergeprobe_fast.io.atomic import AtomicFolder
-    from mergeprobe_fast.merging import merge
-    from mergeprobe_fast.merging.adapter import CONTENTS
-    from mergeprobe_fast.report.merge import print_merge_summary
-    from mergeprobe_fast.report.terminal import progress
-
-    started = time.perf_counter()
-    weights = _numbers(options.weights)
-    zoo = _open(options.adapters, options)
-    inputs = [a.path for a in zoo]
-    AtomicFolder(options.out, options.overwrite, inputs=inputs, contents=CONTENTS).check()
-    arguments = {
-        "method": options.method, "weights": weights, "rank": options.rank,
-        "dtype": options.dtype, "threads": options.threads,
-    }  # fmt: skip
-    if options.json:
-        _print_json(merge(zoo, **arguments).save(options.out, overwrite=options.overwrite))
-        return OK
-    console = _console()
-    with progress(console, len(zoo.modules), "modules") as advance:
-        merged = merge(zoo, progress=advance, **arguments)
-        report = merged.save(options.out, overwrite=options.overwrite)
-    print_merge_summary(report, console, options.out)
-    console.print(f"{time.perf_counter() - started:.1f} s", style="dim")
-    return OK
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.replace(",", " ").split()]
-    except ValueError as error:
-        raise InputError(str(error), key="--weights") from None
-
-
-def _check(options: argparse.Namespace) -> int:
-    from mergeprobe_fast.report.check import check_paths, print_coverage
-
-    result = check_paths(options.paths, same_base=options.same_base)
-    if options.json:
-        _print_json(result.to_dict())
-    else:
-        print_coverage(result, _console())
-    return OK if result.ok else NO
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from mergeprobe_fast.doctor import examine
-    from mergeprobe_fast.report.doctor import print_doctor
-
-    facts = examine()
-    if options.json:
-        _print_json(facts)
-    else:
-        print_doctor(facts, _console())
-    return OK if facts["ok"] else NO

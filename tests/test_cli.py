@@ -51,7 +51,7 @@ USAGE = {
     "a pickle": (("merge", "model.bin", "--out", "o"), "model.bin: is a pickle"),
     "an empty folder": (("screen", "empty", "--out", "o"), "empty: no adapters in this folder"),
     "given twice": (("screen", "zoo", "zoo/adapter_001", "--out", "o"), "adapter_001: is given tw"),
-    "unknown method": (("merge", "zoo", "--method", "ties", "--out", "o"), "no method 'ties'"),
+    "unknown method": (("merge", "zoo", "--method", "tis", "--out", "o"), "no method 'tis'"),
     "rank 0": (("merge", "zoo", "--rank", "0", "--out", "o"), "rank: must be a positive integer"),
     "rank of words": (("merge", "zoo", "--rank", "big", "--out", "o"), "--rank"),
     "cat with rank": (

@@ -58,7 +58,7 @@ def test_progress_adds_up_to_the_modules(zoo):
 
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown method": ({"method": "ties"}, "method: no method 'ties'; there are: svd, linear, cat"),
+    "unknown method": ({"method": "tis"}, "method: no method 'tis'; did you mean 'ties'? there "),
     "unknown argument": ({"density": 0.5}, "method: svd takes no argument 'density'"),
     "too few weights": ({"weights": [1.0, 2.0]}, "weights: expected one for each of 3"),
     "too many weights": ({"weights": [1.0] * 4}, "weights: expected one for each of 3"),
@@ -192,9 +192,9 @@ KILLED = """
 import itertools, sys
 import mergeprobe_fast as mpf
 zoo, out, overwrite = mpf.open_zoo(sys.argv[1]), sys.argv[2], sys.argv[3] == "overwrite"
-print("ready", flush=True)
 # Merged once, written over and over: most of the time is spent where a kill could do harm.
 merged = mpf.merge(zoo, "svd", [1.0, -0.5], 8, dtype="F32", threads=2)
+print("ready", flush=True)
 for i in itertools.count():
     merged.save(out if overwrite else f"{out}-{i}", overwrite=overwrite)
 """

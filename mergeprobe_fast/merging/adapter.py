@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -11,14 +10,13 @@ from typing import Any
 import numpy as np
 
 import mergeprobe_fast
-from mergeprobe_fast.io.atomic import AtomicFolder
-from mergeprobe_fast.io.peft_writer import RoundedModule, WrittenModule, write_adapter
+from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.io.peft_writer import RoundedModule
 from mergeprobe_fast.merging.methods import MergedModule, MergeRequest
+from mergeprobe_fast.merging.output import write
+from mergeprobe_fast.merging.output_error import OutputErrors, output_errors
 from mergeprobe_fast.ops import block_gram
 from mergeprobe_fast.zoo import Zoo, text
-
-REPORT_NAME = "merge.json"
-CONTENTS = ("adapter_config.json", "adapter_model.safetensors", REPORT_NAME)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,40 +36,18 @@ class MergedAdapter:
         names = ", ".join(self.zoo.names)
         return f"<MergedAdapter {self.method} of {names}: {len(self.modules)} modules>"
 
-    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any]:
-        """Write a PEFT folder with ``merge.json`` beside the weights; returns the latter's content.
+    def save(self, out: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any]:
+        """Write it in the format of the inputs; returns the report that is written beside it.
 
-        The folder appears as a whole at the end or not at all. Rounding to ``dtype`` is measured
-        against the float32 result and reported per module.
+        A PEFT folder with ``merge.json``; for kohya and diffusers files, one ``.safetensors`` file
+        and ``<name>.merge.json``. Each appears as a whole at the end or not at all. Rounding to
+        ``dtype`` is measured against the float32 result and reported per module.
 
         Raises:
-            InputError: the folder exists (without ``overwrite``), is one of the inputs, or cannot
-                be written.
+            InputError: ``out`` exists (without ``overwrite``), is one of the inputs, is no
+                ``.safetensors`` name where a file is to be written, or cannot be written.
         """
-        inputs = [a.path for a in self.zoo]
-        flags = {
-            name: m.fan_in_fan_out for a in self.zoo for name, m in a.modules.items()
-            if m.fan_in_fan_out
-        }  # fmt: skip
-        with AtomicFolder(folder, overwrite, inputs=inputs, contents=CONTENTS) as temporary:
-            written = write_adapter(
-                temporary,
-                base_model=self.zoo.base_model,
-                modules=(
-                    WrittenModule(
-                        m.module.name, m.module.kind, m.a, m.b, 1.0, m.module.conv_shape,
-                        flags.get(m.module.name, False),
-                    )
-                    for m in self.modules
-                ),
-                dtype=self.dtype,
-                task_type=self._agreed("task_type"),
-                revision=self._agreed("revision"),
-            )  # fmt: skip
-            report = self.report(written)
-            text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-            (temporary / REPORT_NAME).write_text(text, encoding="utf-8")
-        return report
+        return write(self.zoo, out, self.modules, self.dtype, self.report, overwrite=overwrite)
 
     def report(self, written: dict[str, RoundedModule] | None = None) -> dict[str, Any]:
         """What was done, and the exact error of each module, as plain JSON values."""
@@ -85,7 +61,7 @@ class MergedAdapter:
                 "truncation_error": m.truncation_error,
                 "truncation_error_relative": m.truncation_error / m.norm if m.norm else 0.0,
                 "members": list(m.members),
-                **m.details,
+                **{key: value for key, value in m.details.items() if key != "outputs"},
             }
             norms.append(m.norm)
             lost.append(m.truncation_error)
@@ -103,25 +79,36 @@ class MergedAdapter:
         }
         if written is not None:
             total["rounding_error_relative"] = math.hypot(*rounded) / norm if norm else 0.0
-        return {
+        report = {
             "tool": f"mergeprobe_fast {mergeprobe_fast.__version__}",
             "method": self.method,
             "rank": self.request.rank,
             "energy": self.request.energy,
-            "arguments": {k: _plain(v) for k, v in self.request.arguments.items()},
+            "arguments": {k: plain(v) for k, v in self.request.arguments.items()},
             "dtype": self.dtype,
             "base_model": self.zoo.base_model,
             "adapters": self._adapters(),
             "notes": [*self.zoo.notes, *self._remarks()],
             "total": total,
-            "modules": rows,
         }
+        if self.request.calibration is not None:
+            report["outputs"] = self.output_errors().report()
+        return {**report, "modules": rows}
+
+    def output_errors(self) -> OutputErrors:
+        """How far the result's outputs are from each adapter's own; needs a calibration."""
+        request = self.request
+        if request.calibration is None:
+            raise InputError("the merge was given none", key="calibration")
+        return output_errors(
+            request.source, self.modules, request.calibration, request.domains, request.threads
+        )
 
     def _adapters(self) -> list[dict[str, Any]]:
         rows = []
         for i, a in enumerate(self.zoo):
             row = {"name": a.name, "path": text(a.path)}
-            row["weight"] = _plain(self.request.weights[:, i])
+            row["weight"] = plain(self.request.weights[:, i])
             if self.request.domains:
                 row["domain"] = self.request.domains[i]
             rows.append(row)
@@ -132,21 +119,24 @@ class MergedAdapter:
         if most == 0:
             return ["the merged update is zero: the weighted updates cancel, or all are zero"]
         written = max(m.a.shape[0] for m in self.modules)
+        energy = self.request.energy
+        if energy is not None and self.request.rank is None:
+            # What float32 leaves out of a full rank is no shortfall.
+            lost = [(m.truncation_error / m.norm) ** 2 for m in self.modules if m.norm]
+            short = sum(1 - share < energy - 1e-6 for share in lost)
+            if short:
+                return [f"{short} modules keep less than {energy:g} of their energy"]
         if written > most:
             return [f"the sum has rank {most} at most; padded with zeros to {written}"]
         return []
 
-    def _agreed(self, key: str) -> Any:
-        values = {json.dumps(a.config.get(key)) for a in self.zoo}
-        return json.loads(values.pop()) if len(values) == 1 else None
 
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """An argument as JSON: what is the same for all modules, or all adapters, is one number."""
     if not isinstance(value, np.ndarray):
         return value
     if value.ndim == 2:
-        columns = [_plain(value[:, i]) for i in range(value.shape[1])]
+        columns = [plain(value[:, i]) for i in range(value.shape[1])]
         return columns[0] if all(c == columns[0] for c in columns) else columns
     return float(value[0]) if (value == value[0]).all() else value.tolist()
 

@@ -63,7 +63,7 @@ def merge(
     zoo = as_zoo(zoo)
     chosen, request = prepare(
         ZooSource(zoo), method, weights=weights, rank=rank, energy=energy,
-        calibration=_opened(calibration), domains=domains, threads=threads, progress=progress,
+        calibration=open_given(calibration), domains=domains, threads=threads, progress=progress,
         arguments=arguments,
     )  # fmt: skip
     used = sorted({factor.dtype for a in zoo for m in a.modules.values() for factor in (m.a, m.b)})
@@ -81,7 +81,8 @@ def run(method: MergeMethod, request: MergeRequest) -> Iterator[MergedModule]:
         yield _checked(m)
 
 
-def _opened(calibration: Any) -> Calibration | None:
+def open_given(calibration: Any) -> Calibration | None:
+    """A calibration as it is, or opened from its folder."""
     if calibration is None or hasattr(calibration, "domains"):
         return calibration
     from mergeprobe_fast.io.calibration import open_calibration

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from mergeprobe_fast.merging import linear
+from mergeprobe_fast.merging import (
+    cores,
+    elementwise,
+    fisher,
+    geodesic,
+    isotropic,
+    knots,
+    lego,
+    linear,
+    osrm,
+    regmean,
+    singular,
+    weighted_svd,
+)
 from mergeprobe_fast.merging.methods import MergeMethod
 
 MERGE_METHODS: dict[str, MergeMethod] = {
@@ -11,5 +24,16 @@ MERGE_METHODS: dict[str, MergeMethod] = {
         MergeMethod("svd", linear.svd),
         MergeMethod("linear", linear.linear),
         MergeMethod("cat", linear.cat, takes_rank=False),
+        *elementwise.METHODS,
+        *fisher.METHODS,
+        *geodesic.METHODS,
+        *singular.METHODS,
+        *isotropic.METHODS,
+        *cores.METHODS,
+        *knots.METHODS,
+        *lego.METHODS,
+        *osrm.METHODS,
+        *regmean.METHODS,
+        *weighted_svd.METHODS,
     )
 }

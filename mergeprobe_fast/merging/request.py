@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +35,7 @@ def prepare(
     """Everything checked, defaults filled in; see :func:`mergeprobe_fast.merge`."""
     chosen = MERGE_METHODS.get(method)
     if chosen is None:
-        known = ", ".join(MERGE_METHODS)
-        raise InputError(f"no method {method!r}; there are: {known}", key="method")
+        raise InputError(unknown_method(method), key="method")
     n = len(source.names)
     least, most = chosen.arity
     if n < least or (most is not None and n > most):
@@ -51,6 +51,13 @@ def prepare(
         progress,
         *_calibration(chosen, calibration, domains, source),
     )
+
+
+def unknown_method(name: Any) -> str:
+    """What to say of a method that does not exist."""
+    close = get_close_matches(str(name), MERGE_METHODS, 1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"no method {name!r}; {hint}there are: {', '.join(MERGE_METHODS)}"
 
 
 def _weights(method: MergeMethod, weights: Any, source: Source) -> np.ndarray:

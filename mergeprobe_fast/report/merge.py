@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+    from mergeprobe_fast.report.terminal import View
 
 LISTED_ADAPTERS = 12
 WORST_MODULES = 3
@@ -50,6 +53,41 @@ def print_merge_summary(
     for name in worst[: WORST_MODULES if lost > 0 else 0]:
         error = modules[name]["truncation_error_relative"]
         console.print(Text(f"{error:8.2%}  ", style="dim") + view.text(name, console.width - 12))
+    if "outputs" in report:
+        console.print()
+        head = "outputs on each adapter's own domain: error as a share of its output energy"
+        console.print(Text(head, style="dim"))
+        console.print(_output_table(report["outputs"], view))
     console.print()
     console.print(Text(view.clean(out_dir), style="cyan", overflow="fold"))
     console.print(Text("  PEFT loads it as it is; merge.json has every module", style="dim"))
+
+
+def _output_table(outputs: Mapping[str, Any], view: View) -> Table:
+    """What each adapter's outputs lose, beside what a plain average would have cost them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = outputs["adapters"]
+    full = any(r.get("full_relative") not in (None, r["error_relative"]) for r in rows)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("adapter")
+    table.add_column("domain")
+    table.add_column("plain average", justify="right")
+    if full:
+        table.add_column("before the cut", justify="right")
+    table.add_column("this merge", justify="right", style="bold")
+
+    def share(value: float | None) -> Text:
+        return Text("-" if value is None else f"{value:.1%}")
+
+    for r in rows[:LISTED_ADAPTERS]:
+        cells = [share(r["average_relative"])]
+        if full:
+            cells.append(share(r.get("full_relative")))
+        table.add_row(
+            view.text(r["name"], 32), view.text(r["domain"], 16), *cells, share(r["error_relative"])
+        )
+    if len(rows) > LISTED_ADAPTERS:
+        table.add_row(Text(f"and {len(rows) - LISTED_ADAPTERS} more", style="dim"))
+    return table

@@ -1,0 +1,146 @@
+"""Fisher merging: entries weighted by how much each domain's loss depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from mergeprobe_fast.merging.activation import (
+    calibration_of,
+    inputs,
+    positive_weights,
+    require,
+)
+from mergeprobe_fast.merging.arguments import number
+from mergeprobe_fast.merging.elementwise_rules import blame
+from mergeprobe_fast.merging.methods import (
+    Argument,
+    DenseModule,
+    MergedModule,
+    MergeMethod,
+    MergeRequest,
+    pad_rank,
+)
+from mergeprobe_fast.merging.source import ModuleFactors
+from mergeprobe_fast.ops._tables import SEGMENT
+from mergeprobe_fast.ops.canonical import matrix_record
+from mergeprobe_fast.ops.tiles import NotFinite, merge_dense
+from mergeprobe_fast.ops.tiles_low_rank import merge_low_rank
+from mergeprobe_fast.ops.tiles_rule import Deltas, ElementwiseRule
+
+
+def fisher(request: MergeRequest) -> Iterator[MergedModule]:
+    """Every entry averaged with the diagonal Fisher information of each domain as its weight.
+
+    ``M_od = sum_i w_i F_i,od W_i,od / sum_i w_i F_i,od`` with ``F_i,od = E_t (y_o x_d)^2`` over
+    the T sampled tokens of adapter i's domain: x the module's input, y the gradient of the loss
+    with respect to its output, both at the base model (not at each adapter's own weights, as in
+    the paper), of single tokens (not of whole sequences). F_i has rank T in this form and is never
+    formed. ``floor``, times the mean Fisher information of the module, is added to every F_i: where
+    nothing is known the result is the weighted average. Weights must be positive; only ratios
+    matter. An adapter that lacks the module is zero there, with the Fisher of its domain.
+
+    Elementwise in float32 (sums of T squares: 1e-6) before the cut to ``rank`` (default: the
+    largest of the adapters), whose error is reported. Gauge-invariant. Needs gradients.
+    Matena and Raffel 2022.
+    """
+    for m, call in _calls(request):
+        rank = request.rank
+        if rank is None:
+            rank = request.source.largest_rank if request.energy is None else int(m.ranks.sum())
+        try:
+            found = merge_low_rank(
+                call.deltas, call.weights, call.rule, rank, energy=request.energy,
+                fisher=call.information, threads=request.threads,
+            )  # fmt: skip
+        except NotFinite as error:
+            raise blame(error, m) from None
+        width = rank if request.energy is None else max(1, len(found.a))
+        yield MergedModule(
+            m.module, pad_rank(found.a, width, 0), pad_rank(found.b, width, 1),
+            request.members(m), found.norm, found.error, min(m.module.d_out, m.module.d_in),
+            {"excess_relative": found.excess},
+        )  # fmt: skip
+
+
+def dense(request: MergeRequest) -> Iterator[DenseModule]:
+    """The rule itself, row by row."""
+    for m, call in _calls(request):
+        yield DenseModule(m.module, request.members(m), partial(_rows, m, call, request.threads))
+
+
+def _rows(m: ModuleFactors, call: _Call, threads: int, first: int, last: int) -> np.ndarray:
+    try:
+        return merge_dense(
+            call.deltas, call.weights, call.rule, rows=(first, last), fisher=call.information,
+            threads=threads,
+        )  # fmt: skip
+    except NotFinite as error:
+        raise blame(error, m) from None
+
+
+class _Call(NamedTuple):
+    """What the kernels are given: all adapters, those that lack the module last, of rank 0."""
+
+    deltas: Deltas
+    weights: np.ndarray
+    rule: ElementwiseRule
+    information: Deltas  # F_i
+
+
+def _calls(request: MergeRequest) -> Iterator[tuple[ModuleFactors, _Call]]:
+    calibration = calibration_of(request)
+    require(calibration, request.source.modules)
+    positive_weights(request, "fisher")
+    rule = ElementwiseRule(combine="fisher", floor=request.arguments["floor"])
+    for chunk in request.chunks():
+        for m in chunk:
+            lacking = np.setdiff1d(np.arange(len(request.domains)), m.adapters)
+            members = np.concatenate([m.adapters, lacking])
+            weights = request.weights[m.index, members]
+            nothing = np.zeros(len(lacking), SEGMENT)
+            segments = np.concatenate([m.segments(), nothing])
+            deltas = Deltas(segments, m.module.d_out, m.module.d_in, m)
+            information = _information(request, m, [request.domains[int(i)] for i in members])
+            yield m, _Call(deltas, weights / weights.max(), rule, information)
+
+
+def _information(request: MergeRequest, m: ModuleFactors, domains: Sequence[str]) -> Deltas:
+    """``F_i = (Y^2)^T (X^2) / T`` as factors, of mean 1 over all entries and adapters."""
+    calibration = calibration_of(request)
+    squares: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for g in dict.fromkeys(domains):
+        x, y = inputs(calibration, g, m.module), calibration.gradients(g, m.module.name)
+        squares[g] = y.astype(np.float64), x.astype(np.float64)
+    # Gradients may be 1e-25: their squares fit float32 only relative to the largest.
+    tops = [max(float(np.abs(s[k]).max()) for s in squares.values()) or 1.0 for k in (0, 1)]
+    stored = {
+        g: tuple(np.square(v / top).astype(np.float32) for v, top in zip(s, tops, strict=True))
+        for g, s in squares.items()
+    }
+    means = {
+        g: float((y.mean(axis=1, dtype=np.float64) * x.mean(axis=1, dtype=np.float64)).mean())
+        for g, (y, x) in stored.items()
+    }
+    mean = sum(means[g] for g in domains) / len(domains)
+    segments = np.zeros(len(domains), SEGMENT)
+    for record, g in zip(segments, domains, strict=True):
+        y, x = stored[g]
+        record["u"], record["v"] = matrix_record(y), matrix_record(x)
+        record["rank"], record["scale"] = len(y), 1.0 / (len(y) * mean) if mean > 0 else 0.0
+    return Deltas(segments, m.module.d_out, m.module.d_in, stored)
+
+
+METHODS = (
+    MergeMethod(
+        "fisher", fisher, data=("inputs", "gradients"), dense=dense,
+        arguments={
+            "floor": Argument(
+                1e-6, number(0, open_least=True), "added to each Fisher, of the module's mean"
+            ),
+        },
+    ),
+)  # fmt: skip
