@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
+
+from mergeprobe_fast.io.calibration_json import CalibratedModule, CalibrationInfo, Domain
+from mergeprobe_fast.io.calibration_writer import CalibrationWriter
 
 Shapes = Mapping[str, tuple[int, int]]  # module -> (d_out, d_in)
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module -> A (r, d_in), B (d_out, r)
@@ -129,3 +133,34 @@ def temporary_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_calibration(
+    folder: Path, shapes: Shapes, domains: Sequence[str], samples: int, seed: int = 0
+) -> None:
+    """A calibration in which q, k, v and gate, up share their inputs, as in a Llama block.
+
+    Inputs are Gaussian with a few massive dimensions, as those of real models have them.
+    """
+    source = {
+        name: name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+        .replace("up_proj", "gate_proj") for name in shapes
+    }  # fmt: skip
+    info = CalibrationInfo(
+        "bench/base", None, "0" * 64,
+        {d: Domain(d, f"{d}.jsonl", "0" * 64, 8, samples, samples, ()) for d in domains},
+        {n: CalibratedModule(n, shape[1], shape[0], source[n]) for n, shape in shapes.items()},
+        seed=seed, samples=samples, max_length=512, skip_first=1, labels=None,
+    )  # fmt: skip
+    generator = np.random.default_rng(seed)
+    with CalibrationWriter(folder, info) as writer:
+        for domain in domains:
+            writer.sampled_tokens(domain, np.zeros(samples), np.arange(1, samples + 1))
+            for name, (_, d_in) in shapes.items():
+                if source[name] != name:
+                    continue
+                x = generator.standard_normal((samples, d_in), np.float32)
+                x *= generator.lognormal(0, 1, d_in).astype(np.float32)
+                x[:, generator.integers(d_in, size=4)] *= 100
+                writer.inputs(domain, name, x)
+                writer.moment(domain, name, np.square(x, dtype=np.float64).mean(axis=0))

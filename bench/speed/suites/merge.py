@@ -79,11 +79,11 @@ def _layer(shape: tuple[int, int]) -> Iterator[Work]:
             return u[:, :RANK] * s[:RANK], vh[:RANK]
 
         watched(OURS, ours)
-        model = _peft_model(members, shape)
+        model = peft_model(members, shape)
         run = {
             OURS: ours,
             OPERATOR: lambda: ops.canonical(factors, max_rank=RANK),
-            PEFT: lambda: watched(PEFT, lambda: _peft_merge(model, weights)),
+            PEFT: lambda: watched(PEFT, lambda: peft_merge(model, weights)),
             THIN: lambda: watched(THIN, thin),
         }
 
@@ -114,7 +114,8 @@ def _layer(shape: tuple[int, int]) -> Iterator[Work]:
         yield Work(run, finish)
 
 
-def _peft_model(members: list[Factors], shape: tuple[int, int]) -> Any:
+def peft_model(members: list[Factors], shape: tuple[int, int]) -> Any:
+    """A model of one layer with these adapters, called a0, a1, ..."""
     from peft import LoraConfig, get_peft_model
 
     class Block(torch.nn.Module):
@@ -124,7 +125,7 @@ def _peft_model(members: list[Factors], shape: tuple[int, int]) -> Any:
 
     config = LoraConfig(r=RANK, lora_alpha=RANK * ALPHA_OVER_R, target_modules=["proj"])
     model = get_peft_model(Block(), config, adapter_name="a0")
-    for i in range(1, COUNT):
+    for i in range(1, len(members)):
         model.add_adapter(f"a{i}", config)
     layer = model.base_model.model.proj
     with torch.no_grad():
@@ -134,10 +135,13 @@ def _peft_model(members: list[Factors], shape: tuple[int, int]) -> Any:
     return model
 
 
-def _peft_merge(model: Any, weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    names = [f"a{i}" for i in range(COUNT)]
+def peft_merge(
+    model: Any, weights: list[float], kind: str = "svd", **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PEFT's own merge of all its adapters to rank ``RANK``: B with the scale, and A."""
+    names = [f"a{i}" for i in range(len(weights))]
     with torch.no_grad():
-        model.add_weighted_adapter(names, weights, "merged", "svd", svd_rank=RANK)
+        model.add_weighted_adapter(names, weights, "merged", kind, svd_rank=RANK, **options)
     layer = model.base_model.model.proj
     return layer.scaling["merged"] * layer.lora_B["merged"].weight, layer.lora_A["merged"].weight
 
