@@ -45,7 +45,7 @@ MERGES = (
     ("tsv_m", "tsv_m", {"rank": RANK}),
     ("iso_c", "iso_c", {"rank": RANK}),
     ("core_space", "core_space", {"rank": RANK}),
-    ("knots_ties", "knots_ties", {"rank": RANK}),
+    ("knots (ties)", "knots", {"rank": RANK}),
     ("lora_lego", "lora_lego", {"rank": RANK}),
     ("osrm", "osrm", {"rank": RANK}),
     ("weighted_svd (average)", "weighted_svd", {"rank": RANK}),

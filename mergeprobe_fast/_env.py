@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mergeprobe_fast.errors import InputError
 
@@ -42,3 +44,16 @@ def threads_or_default(threads: int | None) -> int:
     if threads > MAX_THREADS:
         raise InputError(f"threads must be at most {MAX_THREADS}, got {threads}")
     return threads
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """The BLAS of numpy and scipy, as far as loaded, runs on one thread here; also a decorator.
+
+    Modules are worked on side by side instead. The pools of two BLAS libraries would wait for each
+    other's cores, small products gain nothing, and last bits would depend on the pool's size.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield

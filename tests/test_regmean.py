@@ -316,7 +316,8 @@ def test_modules_that_share_inputs_share_the_factorisation(tmp_path, rng, monkey
     merged = mpf.merge(paths(made), "regmean", calibration=calibration.path)
     assert len(built) == 2
     monkeypatch.undo()
-    monkeypatch.setattr(activation, "_KEPT", 1)
+    # Kept for no one: everything is made anew.
+    monkeypatch.setattr(activation.Recent, "get", lambda self, key, make: make())
     apart = mpf.merge(paths(made), "regmean", calibration=calibration.path)
     for one, two in zip(merged.modules, apart.modules, strict=True):
         assert (one.a == two.a).all()
@@ -333,12 +334,12 @@ def test_the_same_bytes_for_any_number_of_threads(tmp_path, rng):
             assert m.a.tobytes() == first.a.tobytes() and m.b.tobytes() == first.b.tobytes()
 
 
-@pytest.mark.parametrize("n", [1, 255, 256, 257, 600])
-def test_the_blocked_solve_is_a_solve(rng, n):
+@pytest.mark.parametrize("n", [1, 255, 600])
+def test_the_cholesky_solve_is_a_solve(rng, n):
     z = rng.standard_normal((n, 2 * n)) * 3
     k = np.eye(n) + z @ z.T
     right = rng.standard_normal((n, 4))
-    solution = activation.Cholesky(k).solve(right)
+    solution = activation.Cholesky(k.copy()).solve(right)
     residual = np.linalg.norm(k @ solution - right)
     assert residual <= 1e-12 * np.linalg.norm(k, 2) * np.linalg.norm(solution)
     with pytest.raises(InputError, match="ridge: too small"):

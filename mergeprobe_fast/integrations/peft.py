@@ -50,6 +50,7 @@ import numpy as np
 import torch
 from peft.tuners.lora import LoraModel
 
+from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.integrations._peft_compat import add_like_peft
 from mergeprobe_fast.integrations._peft_inject import check_name, injected, plain_config
@@ -68,6 +69,7 @@ from mergeprobe_fast.merging.request import prepare
 _SVD_TYPES = ("ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
 
 
+@_env.one_blas_thread()
 def add_weighted_adapter(
     model: Any,
     adapters: Sequence[str],

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import mergeprobe_fast
+from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.peft_writer import RoundedModule
 from mergeprobe_fast.merging.methods import MergedModule, MergeRequest
@@ -36,6 +37,7 @@ class MergedAdapter:
         names = ", ".join(self.zoo.names)
         return f"<MergedAdapter {self.method} of {names}: {len(self.modules)} modules>"
 
+    @_env.one_blas_thread()
     def save(self, out: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any]:
         """Write it in the format of the inputs; returns the report that is written beside it.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mergeprobe_fast
+from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.atomic import AtomicFolder
 from mergeprobe_fast.io.checkpoint import Checkpoint, CheckpointCopy, open_checkpoint
@@ -34,6 +35,7 @@ _SUMS = ("svd", "linear")
 _NOTED_ROUNDING = 0.05  # of the norm of the update
 
 
+@_env.one_blas_thread()
 def merge_into(
     zoo: Zoo | Paths,
     base: str | os.PathLike[str],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.dtypes import FACTOR_DTYPES
 from mergeprobe_fast.merging.adapter import MergedAdapter
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from mergeprobe_fast.io.calibration import Calibration
 
 
+@_env.one_blas_thread()
 def merge(
     zoo: Zoo | Paths,
     method: str = "svd",
@@ -77,8 +80,11 @@ def merge(
 
 def run(method: MergeMethod, request: MergeRequest) -> Iterator[MergedModule]:
     """The method's modules, refused when float32 cannot hold them."""
-    for m in method.run(request):
-        yield _checked(m)
+    if method.data:
+        import_module("scipy.linalg")  # its BLAS can be kept to one thread only once it is there
+    with _env.one_blas_thread():
+        for m in method.run(request):
+            yield _checked(m)
 
 
 def open_given(calibration: Any) -> Calibration | None:

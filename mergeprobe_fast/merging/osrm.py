@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from scipy.sparse.linalg import eigsh
 
 from mergeprobe_fast.merging.activation import Recent, calibration_of, inputs, require
 from mergeprobe_fast.merging.arguments import number, whole
 from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
-from mergeprobe_fast.merging.source import ModuleFactors
+from mergeprobe_fast.merging.source import ModuleFactors, each_module
 from mergeprobe_fast.merging.truncate import Sum, product, truncate
 
 _DENSE = 400  # a full eigendecomposition is the faster one up to here
@@ -37,23 +36,22 @@ def osrm(request: MergeRequest) -> Iterator[MergedModule]:
     """
     calibration, arguments = calibration_of(request), request.arguments
     require(calibration, request.source.modules)
-    recent = Recent()
+    recent = Recent(request.threads)
 
     def others_of(m: ModuleFactors) -> _Others:
         samples = {g: inputs(calibration, g, m.module) for g in dict.fromkeys(request.domains)}
         return _Others(samples, arguments["directions"], arguments["share"])
 
-    for chunk in request.chunks():
-        sums = [
-            _projected(
-                request, m,
-                recent.get(calibration.input_key(m.module.name), lambda m=m: others_of(m)),
-            )
-            for m in chunk
-        ]  # fmt: skip
-        yield from truncate(
-            sums, request.rank, request.energy, request.threads, pad=request.rank is not None
-        )
+    def key(m: ModuleFactors) -> str:
+        return calibration.input_key(m.module.name)
+
+    def merged(m: ModuleFactors) -> MergedModule:
+        others = recent.get(key(m), lambda: others_of(m))
+        whole = _projected(request, m, others)
+        (cut,) = truncate([whole], request.rank, request.energy, 1, pad=request.rank is not None)
+        return cut
+
+    yield from each_module(request.chunks(), merged, request.threads, key)
 
 
 def _projected(request: MergeRequest, m: ModuleFactors, others: _Others) -> Sum:
@@ -124,6 +122,8 @@ def leading(gram: np.ndarray, most: int, share: float) -> np.ndarray:
     if len(gram) <= _DENSE or k > len(gram) // 4:
         values, vectors = np.linalg.eigh(gram)
     else:
+        from scipy.sparse.linalg import eigsh  # only here: most merges save its import
+
         start = np.random.default_rng(0).standard_normal(len(gram))
         values, vectors = eigsh(gram, k, v0=start)
     order = np.argsort(-values, kind="stable")[:k]

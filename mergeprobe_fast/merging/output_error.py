@@ -10,7 +10,7 @@ import numpy as np
 
 from mergeprobe_fast.merging.activation import LARGE, Recent, inputs, require
 from mergeprobe_fast.merging.methods import MergedModule
-from mergeprobe_fast.merging.source import ModuleFactors, Source
+from mergeprobe_fast.merging.source import ModuleFactors, Source, each_module
 
 if TYPE_CHECKING:
     from mergeprobe_fast.io.calibration import Calibration
@@ -88,7 +88,7 @@ def output_errors(
         source: what was merged.
         modules: the result; a module it does not have counts as zero.
         calibration: its samples; ``domains`` says which are whose, one name per adapter.
-        threads: for reading; products are the BLAS's.
+        threads: modules worked on at a time.
 
     Methods that know the numbers already have them in ``details["outputs"]`` (a list over the
     source's adapters for each name in ``COLUMNS``), and then nothing is read. Sums are float64
@@ -106,14 +106,16 @@ def output_errors(
         if name in result and "outputs" in result[name].details
     }  # fmt: skip
     if len(known) < len(names):
-        known = {}
-        recent = Recent()
-        for chunk in source.chunks(threads):
-            for m in chunk:
-                if m.module.name in names:
-                    known[m.module.name] = _of_module(
-                        m, result.get(m.module.name), calibration, domains, recent
-                    )
+        recent = Recent(threads)
+        recorded = ([m for m in c if m.module.name in names] for c in source.chunks(threads))
+
+        def row(m: ModuleFactors) -> tuple[str, Mapping[str, list[float]]]:
+            merged = result.get(m.module.name)
+            return m.module.name, _of_module(m, merged, calibration, domains, recent)
+
+        known = dict(
+            each_module(recorded, row, threads, lambda m: calibration.input_key(m.module.name))
+        )
     covered = tuple(m.name for m in source.modules if m.name in names)
     columns = {
         c: np.array([known[name][c] for name in covered]).reshape(len(covered), len(domains))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from mergeprobe_fast.merging.activation import (
 )
 from mergeprobe_fast.merging.arguments import choice
 from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
-from mergeprobe_fast.merging.source import ModuleFactors
+from mergeprobe_fast.merging.source import ModuleFactors, each_module
 from mergeprobe_fast.merging.weighted_svd import Cut, SeenDelta
 
 
@@ -48,12 +49,12 @@ def regmean(request: MergeRequest) -> Iterator[MergedModule]:
     """
     positive_weights(request, "regmean")
     metrics = Metrics(request)
-    for chunk in request.chunks():
-        for m in chunk:
-            yield _merged(request, m, metrics)
+    yield from each_module(
+        request.chunks(), partial(_merged, request, metrics), request.threads, metrics.shared
+    )
 
 
-def _merged(request: MergeRequest, m: ModuleFactors, metrics: Metrics) -> MergedModule:
+def _merged(request: MergeRequest, metrics: Metrics, m: ModuleFactors) -> MergedModule:
     taking_part = m.adapters if request.arguments["absent"] == "skip" else slice(None)
     lam = request.weights[m.index]
     domains = np.array(request.domains, object)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.dtypes import STORAGE, to_f32
 from mergeprobe_fast.ops._tables import DTYPE_CODE, ITEMSIZE, SEGMENT, address
 from mergeprobe_fast.zoo import Module, Zoo
+
+T = TypeVar("T")
 
 _CHUNK_BYTES = 48 << 20
 _DTYPE_NAME = {code: name for name, code in DTYPE_CODE.items()}
@@ -184,3 +187,32 @@ class MemorySource:
                     np.array([s for _, _, s in found], np.float64),
                 )
             ]
+
+
+def each_module(
+    chunks: Iterable[list[ModuleFactors]],
+    function: Callable[[ModuleFactors], T],
+    threads: int,
+    together: Callable[[ModuleFactors], Hashable] | None = None,
+) -> Iterator[T]:
+    """``function`` of every module in order, computed on ``threads`` modules at a time.
+
+    Modules of a chunk for which ``together`` is equal are one thread's, one after another: what
+    they share is then made once. The first error that a module raises is raised here.
+    """
+
+    def run(group: list[ModuleFactors]) -> list[T]:
+        return [function(m) for m in group]
+
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in chunks:
+            groups: dict[Hashable, list[ModuleFactors]] = {}
+            for m in chunk:
+                groups.setdefault(together(m) if together else m.index, []).append(m)
+            running = [(group, pool.submit(run, group)) for group in groups.values()]
+            done = {
+                m.index: result
+                for group, future in running
+                for m, result in zip(group, future.result(), strict=True)
+            }
+            yield from (done[m.index] for m in chunk)

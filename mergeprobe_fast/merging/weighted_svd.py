@@ -9,6 +9,7 @@ import numpy as np
 
 from mergeprobe_fast.merging.activation import ARGUMENTS, Metric, Metrics, pooled
 from mergeprobe_fast.merging.methods import MergedModule, MergeMethod, MergeRequest, pad_rank
+from mergeprobe_fast.merging.source import ModuleFactors, each_module
 from mergeprobe_fast.merging.truncate import share_rank
 from mergeprobe_fast.zoo import Module
 
@@ -33,16 +34,18 @@ def weighted_svd(request: MergeRequest) -> Iterator[MergedModule]:
     rank = request.rank
     if rank is None and request.energy is None:
         rank = request.source.largest_rank
-    for chunk in request.chunks():
-        for m in chunk:
-            metric = metrics.of(m.module, shares)
-            scales = m.scales * request.weights_of(m)
-            b = np.concatenate([f.wide() for f in m.b], axis=1)
-            a = np.concatenate([f.wide() * s for f, s in zip(m.a, scales, strict=True)])
-            x = metric.scaled(a)
-            delta = SeenDelta(b, x, metric.seen(x), metric)
-            width = rank if request.energy is None else None
-            yield delta.cut(rank, request.energy).module(m.module, request.members(m), width)
+
+    def merged(m: ModuleFactors) -> MergedModule:
+        metric = metrics.of(m.module, shares)
+        scales = m.scales * request.weights_of(m)
+        b = np.concatenate([f.wide() for f in m.b], axis=1)
+        a = np.concatenate([f.wide() * s for f, s in zip(m.a, scales, strict=True)])
+        x = metric.scaled(a)
+        delta = SeenDelta(b, x, metric.seen(x), metric)
+        width = rank if request.energy is None else None
+        return delta.cut(rank, request.energy).module(m.module, request.members(m), width)
+
+    yield from each_module(request.chunks(), merged, request.threads, metrics.shared)
 
 
 class SeenDelta:
