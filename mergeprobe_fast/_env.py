@@ -11,10 +11,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
+from typing import Any
 
 from mergeprobe_fast.errors import InputError
 
 MAX_THREADS = 1024
+
+_lock = Lock()
+_limits: list[Any] = []  # of threadpoolctl, oldest first
+_inside: list[None] = []  # one entry per block that runs
 
 
 def pinned_isa() -> str:
@@ -55,5 +61,14 @@ def one_blas_thread() -> Iterator[None]:
     """
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1, user_api="blas"):
+    # The number of threads is the process's: of calls that overlap, the last one gives it back.
+    with _lock:
+        _limits.append(threadpool_limits(1, user_api="blas"))
+        _inside.append(None)
+    try:
         yield
+    finally:
+        with _lock:
+            _inside.pop()
+            while _limits and not _inside:
+                _limits.pop().restore_original_limits()

@@ -119,7 +119,7 @@ def test_equal_weights_are_the_methods(zoo, scaled):
         (["--set", "strict=maybe"], ["strict: must be true or false"]),
         (["--set", "sparsity=0.5"], ["scaled takes no argument 'sparsity'", "density, dialect"]),
         (["--set", "density"], ["--set: expected NAME=VALUE"]),
-        (["--set", "rank=3"], ["--set rank: is an option of its own"]),
+        (["--set", "rank=3"], ["rank: is no parameter of a method but an option of merge: --rank"]),
         (["--energy", "1.5"], ["energy: must be in (0, 1]"]),
         (["--dtype", "int8"], ["dtype: must be float32, bfloat16 or float16"]),
     ],

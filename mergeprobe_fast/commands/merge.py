@@ -108,8 +108,8 @@ def _asked(options: argparse.Namespace) -> tuple[Sequence[Any], Path | None, dic
     if options.config is None:
         if not options.adapters:
             raise InputError("none given; name adapters, or a --config", key="ADAPTER")
-        return options.adapters, options.into, {**said, "method": said["method"] or "svd",
-                                                **_unmixed(arguments, said)}  # fmt: skip
+        said["method"] = said["method"] or "svd"
+        return options.adapters, options.into, {**said, **_unmixed(arguments, said)}
     if options.adapters:
         raise InputError("names the adapters itself; give either", path=options.config)
     config = load(options.config)
@@ -121,10 +121,14 @@ def _asked(options: argparse.Namespace) -> tuple[Sequence[Any], Path | None, dic
 
 
 def _unmixed(arguments: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the method, none of which is called like an option of ``merge`` itself."""
+    """The arguments, once they are the method's: none may pass for one of ``merge`` itself."""
+    from mergeprobe_fast.merging.request import check_arguments
+
     for name in arguments:
         if name in options:
-            raise InputError(f"is an option of its own: --{name}", key=f"--set {name}")
+            raise InputError(f"is no parameter of a method but an option of merge: --{name}",
+                             key=name)  # fmt: skip
+    check_arguments(options["method"], arguments)
     return arguments
 
 
@@ -134,17 +138,19 @@ def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
         name, equals, value = text.rpartition("=") if option == "--domain" else text.partition("=")
         if not equals or not name or not value:
             raise InputError(f"expected NAME=VALUE, got {text!r}", key=option)
+        if name in pairs:
+            raise InputError(f"{name} is given twice", key=option)
         pairs[name] = value
     return pairs
 
 
 def _value(text: str) -> Any:
     """A number, true, false, null, a list, or the text itself."""
-    import yaml
+    from mergeprobe_fast.io.strict_yaml import parse_yaml
 
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         return text
 
 

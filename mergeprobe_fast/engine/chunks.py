@@ -207,7 +207,7 @@ def refuse_failed(jobs: np.ndarray, bounds: np.ndarray, raw: RawChunk) -> None:
 def read_ahead(zoo: Zoo, chunks: Sequence[Chunk], threads: int) -> Iterator[RawChunk]:
     """Each chunk's bytes in turn; the next one is read while the caller computes.
 
-    A chunk is valid until the next one but one is asked for.
+    A chunk is valid until the next one is asked for.
     """
     capacity = max((c.raw_bytes for c in chunks), default=0)
     buffers = [RawFactors(zoo, capacity) for _ in range(min(2, len(chunks)))]

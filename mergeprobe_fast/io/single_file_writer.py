@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from .single_file import SUFFIX
 
 AlphaForm = Literal["none", "tensors", "metadata"]
 ConvShape = tuple[int, int, int] | None
+# Called with what was written before the file gets its name: what it raises leaves no file.
+BeforePublishing = Callable[[dict[str, RoundedModule]], None]
 
 # Metadata that says what the base model is: kept where all inputs have the same text.
 _BASE_ENTRIES = frozenset(
@@ -39,6 +41,7 @@ def write_like(
     dtype: str = "F32",
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    before: BeforePublishing | None = None,
 ) -> dict[str, RoundedModule]:
     """Write a file of the format that all adapters of ``like`` have, and return what was written.
 
@@ -53,7 +56,7 @@ def write_like(
     configs = [adapter.config for adapter in like]
     texts = {**shared_metadata(configs), **(metadata or {})}
     more: dict[str, Any] = {
-        "dtype": dtype, "metadata": texts, "overwrite": overwrite,
+        "dtype": dtype, "metadata": texts, "overwrite": overwrite, "before": before,
         "inputs": [adapter.path for adapter in like],
     }  # fmt: skip
     if like[0].format == "kohya":
@@ -103,6 +106,7 @@ def write_kohya(
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     inputs: Sequence[str | os.PathLike[str]] = (),
+    before: BeforePublishing | None = None,
 ) -> dict[str, RoundedModule]:
     """Write a kohya file and return what was written, to measure the rounding against.
 
@@ -135,7 +139,7 @@ def write_kohya(
         "ss_network_alpha": "Dynamic" if rank is None else str(float(rank)),
         "sshs_model_hash": safetensors.data_sha256(tensors),
     }
-    _write(path, tensors, texts, overwrite, inputs)
+    _write(path, tensors, texts, overwrite, inputs, rounded, before)
     return rounded
 
 
@@ -151,6 +155,7 @@ def write_diffusers(
     base_model: str | None = None,
     overwrite: bool = False,
     inputs: Sequence[str | os.PathLike[str]] = (),
+    before: BeforePublishing | None = None,
 ) -> dict[str, RoundedModule]:
     """Write a diffusers file and return what was written, to measure the rounding against.
 
@@ -180,7 +185,7 @@ def write_diffusers(
     mixed = any(len(set(of.values())) > 1 for of in ranks.values())
     if alpha == "metadata" or (alpha == "none" and mixed and ranks.keys() <= COMPONENTS):
         texts[METADATA_KEY] = _adapter_metadata(ranks, base_model)
-    _write(path, tensors, texts, overwrite, inputs)
+    _write(path, tensors, texts, overwrite, inputs, rounded, before)
     return rounded
 
 
@@ -246,6 +251,9 @@ def _alpha(module: RoundedModule) -> np.ndarray:
 def _write(
     path: str | os.PathLike[str], tensors: Mapping[str, safetensors.TensorLike],
     metadata: Mapping[str, str], overwrite: bool, inputs: Sequence[str | os.PathLike[str]],
+    rounded: dict[str, RoundedModule], before: BeforePublishing | None,
 ) -> None:  # fmt: skip
     with AtomicFile(path, overwrite, inputs=inputs) as temporary:
         safetensors.write(temporary, tensors, metadata)
+        if before is not None:
+            before(rounded)

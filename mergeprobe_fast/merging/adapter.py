@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class MergedAdapter:
             InputError: ``out`` exists (without ``overwrite``), is one of the inputs, is no
                 ``.safetensors`` name where a file is to be written, or cannot be written.
         """
+        if self.request.calibration is not None:
+            self.output_errors()  # whatever can be wrong with it is found before a byte is written
         return write(self.zoo, out, self.modules, self.dtype, self.report, overwrite=overwrite)
 
     def report(self, written: dict[str, RoundedModule] | None = None) -> dict[str, Any]:
@@ -94,11 +97,19 @@ class MergedAdapter:
             "total": total,
         }
         if self.request.calibration is not None:
-            report["outputs"] = self.output_errors().report()
+            report["outputs"] = self._outputs.report()
         return {**report, "modules": rows}
 
     def output_errors(self) -> OutputErrors:
-        """How far the result's outputs are from each adapter's own; needs a calibration."""
+        """How far the result's outputs are from each adapter's own; needs a calibration.
+
+        Of the float32 result, on the samples of the calibration, which methods that learn from
+        them were fitted to.
+        """
+        return self._outputs
+
+    @cached_property
+    def _outputs(self) -> OutputErrors:
         request = self.request
         if request.calibration is None:
             raise InputError("the merge was given none", key="calibration")
@@ -118,19 +129,25 @@ class MergedAdapter:
 
     def _remarks(self) -> list[str]:
         most = max(m.rank_before for m in self.modules)
-        if most == 0:
+        if most == 0 or all(m.norm == 0 for m in self.modules):
             return ["the merged update is zero: the weighted updates cancel, or all are zero"]
         written = max(m.a.shape[0] for m in self.modules)
         energy = self.request.energy
         if energy is not None and self.request.rank is None:
             # What float32 leaves out of a full rank is no shortfall.
-            lost = [(m.truncation_error / m.norm) ** 2 for m in self.modules if m.norm]
-            short = sum(1 - share < energy - 1e-6 for share in lost)
+            short = sum(1 - self._lost(m) ** 2 < energy - 1e-6 for m in self.modules if m.norm)
             if short:
                 return [f"{short} modules keep less than {energy:g} of their energy"]
-        if written > most:
+        padding = (m for m in self.modules if m.a.shape[0] == written)
+        if written > most and any(not m.b[:, most:].any() for m in padding):
             return [f"the sum has rank {most} at most; padded with zeros to {written}"]
         return []
+
+    def _lost(self, m: MergedModule) -> float:
+        """What ``energy`` bounds the square of: a share of the norm, or of the output's."""
+        if self.request.arguments.get("truncation") != "plain":
+            return m.details.get("activation_error_relative", m.truncation_error / m.norm)
+        return m.truncation_error / m.norm
 
 
 def plain(value: Any) -> Any:

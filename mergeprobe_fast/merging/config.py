@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.io.strict_yaml import parse_yaml
 from mergeprobe_fast.merging.registry import MERGE_METHODS
 from mergeprobe_fast.merging.request import unknown_method
 
@@ -103,9 +104,9 @@ def load(path: str | os.PathLike[str]) -> MergeConfig:
             continue
         for number in (i for i, has in enumerate(given) if not has and key not in shared):
             raise refuse(f"has no {key}, though others have", f"models[{number}].parameters")
-        gathered[key] = [parameters.get(key, shared.get(key)) for parameters in own]
+        gathered[key] = [_entry(parameters.get(key, shared.get(key))) for parameters in own]
     if "weight" in shared and "weight" not in gathered:
-        gathered["weight"] = [shared["weight"]] * len(own)
+        gathered["weight"] = [_entry(shared["weight"])] * len(own)
     shared.pop("weight", None)
     if any(domains) and not all(domains):
         raise refuse("has no domain, though others have", f"models[{domains.index(None)}]")
@@ -116,13 +117,18 @@ def load(path: str | os.PathLike[str]) -> MergeConfig:
         "weights": gathered.pop("weight", None),
         "rank": content.get("rank"),
         "energy": content.get("energy"),
-        "dtype": dtype_name(content.get("dtype")),
+        "dtype": _dtype(content.get("dtype"), path),
         "calibration": None if calibration is None else folder / calibration,
         "domains": domains if all(domains) else None,
     }
     return MergeConfig(
         tuple(adapters), options, {**shared, **gathered}, None if into is None else folder / into
     )
+
+
+def _entry(value: Any) -> Any:
+    """One adapter's value: a single {filter, value} must not pass for the rule of all adapters."""
+    return [value] if isinstance(value, Mapping) else value
 
 
 def dtype_name(value: Any) -> str | None:
@@ -135,18 +141,20 @@ def dtype_name(value: Any) -> str | None:
     return name
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    import yaml  # only here: no other command pays for it
-
+def _dtype(value: Any, path: str | os.PathLike[str]) -> str | None:
     try:
-        content = yaml.safe_load(path.read_bytes())
+        return dtype_name(value)
+    except InputError as error:
+        raise InputError(error.reason, path=path, key=error.key) from None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = parse_yaml(path.read_bytes())
     except OSError as error:
         raise InputError(error.strerror or str(error), path=path) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be read"
-        raise InputError(f"is no YAML: {problem}{line}", path=path) from None
+    except ValueError as error:
+        raise InputError(f"is no YAML: {error}", path=path) from None
     if not isinstance(content, Mapping):
         raise InputError("is no mapping of keys to values", path=path)
     return content

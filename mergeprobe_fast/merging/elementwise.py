@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from mergeprobe_fast.merging.arguments import choice, flag, number, whole
+from mergeprobe_fast.merging.arguments import choice, flag, number, optional, whole
 from mergeprobe_fast.merging.elementwise_rules import Keep, dense, low_rank
 from mergeprobe_fast.merging.methods import (
     Argument,
@@ -142,7 +142,10 @@ def _dialect(*names: str) -> Argument:
 
 
 def _normalize(default: bool) -> Argument:
-    return Argument(default, flag, "mergekit: divide by the sum of (agreeing) weights")
+    return Argument(
+        None, optional(flag),
+        f"mergekit: divide by the sum of (agreeing) weights; {str(default).lower()} if not said",
+    )  # fmt: skip
 
 
 def _method(run: MergeFunction, keep: Keep, combine: str, **arguments: Argument) -> MergeMethod:

@@ -36,7 +36,7 @@ def low_rank(request: MergeRequest, keep: Keep, combine: str) -> Iterator[Merged
                 deltas, request.weights_of(m), rule, rank, energy=request.energy,
                 threads=request.threads,
             )  # fmt: skip
-        except NotFinite as error:
+        except InputError as error:
             raise blame(error, m) from None
         width = rank if request.energy is None else max(1, len(found.a))
         yield MergedModule(
@@ -61,7 +61,7 @@ def _rows(
 ) -> np.ndarray:  # fmt: skip
     try:
         return merge_dense(deltas, weights, rule, rows=(first, last), threads=threads)
-    except NotFinite as error:
+    except InputError as error:
         raise blame(error, m) from None
 
 
@@ -79,7 +79,7 @@ def _rules(
             try:
                 low = None if lows is None else lows[m.adapters]
                 yield m, deltas, _kept(request, m, deltas, keep, dialect, rule, low)
-            except NotFinite as error:
+            except InputError as error:
                 raise blame(error, m) from None
 
 
@@ -91,8 +91,12 @@ def _combination(request: MergeRequest, dialect: str, combine: str) -> dict[str,
         rule["elect"] = request.arguments["majority_sign_method"]
         rule["elect_weighted"] = mergekit
         rule["divide"] = "count"
+    normalize = request.arguments.get("normalize")
     if mergekit:
-        rule["divide"] = "weights" if request.arguments["normalize"] else "none"
+        said = combine == "ties" if normalize is None else normalize
+        rule["divide"] = "weights" if said else "none"
+    elif normalize is not None:
+        raise InputError(f"means nothing in dialect {dialect!r}, only in mergekit", key="normalize")
     return rule
 
 
@@ -186,7 +190,10 @@ def deltas_of(m: ModuleFactors) -> Deltas:
     return Deltas(m.segments(), m.module.d_out, m.module.d_in, m)
 
 
-def blame(error: NotFinite, m: ModuleFactors) -> InputError:
-    """The error about a tensor, naming its file and key."""
+def blame(error: InputError, m: ModuleFactors) -> InputError:
+    """An error of the kernels, naming the tensor's file and key, or the module."""
+    if not isinstance(error, NotFinite):
+        inner = error.key in ("segments", "factors", "fisher")
+        return InputError(error.reason, key=m.module.name) if inner else error
     side = m.a if error.side == "A" else m.b
     return side[error.segment].refuse("holds NaN or infinite values")

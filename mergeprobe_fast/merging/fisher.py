@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merging.activation import (
     calibration_of,
     inputs,
@@ -27,7 +28,7 @@ from mergeprobe_fast.merging.methods import (
 from mergeprobe_fast.merging.source import ModuleFactors
 from mergeprobe_fast.ops._tables import SEGMENT
 from mergeprobe_fast.ops.canonical import matrix_record
-from mergeprobe_fast.ops.tiles import NotFinite, merge_dense
+from mergeprobe_fast.ops.tiles import merge_dense
 from mergeprobe_fast.ops.tiles_low_rank import merge_low_rank
 from mergeprobe_fast.ops.tiles_rule import Deltas, ElementwiseRule
 
@@ -56,7 +57,7 @@ def fisher(request: MergeRequest) -> Iterator[MergedModule]:
                 call.deltas, call.weights, call.rule, rank, energy=request.energy,
                 fisher=call.information, threads=request.threads,
             )  # fmt: skip
-        except NotFinite as error:
+        except InputError as error:
             raise blame(error, m) from None
         width = rank if request.energy is None else max(1, len(found.a))
         yield MergedModule(
@@ -78,7 +79,7 @@ def _rows(m: ModuleFactors, call: _Call, threads: int, first: int, last: int) ->
             call.deltas, call.weights, call.rule, rows=(first, last), fisher=call.information,
             threads=threads,
         )  # fmt: skip
-    except NotFinite as error:
+    except InputError as error:
         raise blame(error, m) from None
 
 

@@ -21,6 +21,7 @@ from mergeprobe_fast.merging.add import Added, Adder
 from mergeprobe_fast.merging.merge import open_given, run
 from mergeprobe_fast.merging.methods import DenseModule, MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.merging.output import REPORT_NAME
+from mergeprobe_fast.merging.output_error import output_errors
 from mergeprobe_fast.merging.registry import MERGE_METHODS
 from mergeprobe_fast.merging.request import prepare
 from mergeprobe_fast.merging.source import ZooSource
@@ -87,11 +88,18 @@ def merge_into(
         calibration=open_given(calibration), domains=domains, threads=threads, progress=progress,
         arguments=arguments,
     )  # fmt: skip
+    calibrated = request.calibration is not None
+    if calibrated and chosen.dense is not None and request.rank is None and request.energy is None:
+        if not chosen.data:
+            reason = f"output errors need factors, and {chosen.name} is added entry by entry here"
+            raise InputError(f"{reason}: leave it out, or give a rank", key="calibration")
+        calibrated = False
     checkpoint = open_checkpoint(base)
     targets = find_targets(zoo, checkpoint)
     folder = _output(zoo, checkpoint, Path(out), overwrite)
     replaced = [target.tensor.key for target in targets.values()]
     rows: dict[str, dict[str, Any]] = {}
+    factored: list[MergedModule] = []
     sums = Added()
     with folder as temporary:
         with (
@@ -104,12 +112,27 @@ def merge_into(
                 added = adder.add(target, m)
                 rows[m.module.name] = _row(target, m, added)
                 sums = sums + added
+                if calibrated and isinstance(m, MergedModule):
+                    factored.append(m)
             for name in targets.keys() - rows.keys():
                 adder.leave(targets[name])
         report = _report(zoo, checkpoint, chosen, request, targets, rows, sums)
+        if calibrated:
+            report = _with_outputs(report, request, factored)
         content = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (temporary / REPORT_NAME).write_text(content, encoding="utf-8")
     return report
+
+
+def _with_outputs(
+    report: dict[str, Any], request: MergeRequest, modules: Sequence[MergedModule]
+) -> dict[str, Any]:
+    """The report with the output errors before its modules, as a merged adapter has it."""
+    found = output_errors(
+        request.source, modules, request.calibration, request.domains, request.threads
+    )
+    rows = report.pop("modules")
+    return {**report, "outputs": found.report(), "modules": rows}
 
 
 def _updates(

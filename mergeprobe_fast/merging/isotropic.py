@@ -51,6 +51,8 @@ def isotropic(request: MergeRequest, sums: Sequence[Sum]) -> Iterator[MergedModu
 def _flattened(m: MergedModule, request: MergeRequest) -> MergedModule:
     b = m.b.astype(np.float64)
     sigma = np.linalg.norm(b, axis=0)  # descending; a has orthonormal rows
+    if not np.isfinite(sigma).all():
+        return replace(m, norm=math.inf)  # which is refused by the module's name
     full = int(np.count_nonzero(sigma > request.arguments["tolerance"] * sigma[0]))
     kept = full if request.rank is None else min(full, request.rank)
     if request.energy is not None:

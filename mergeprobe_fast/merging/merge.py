@@ -11,6 +11,7 @@ import numpy as np
 from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.dtypes import FACTOR_DTYPES
+from mergeprobe_fast.merging.activation import require
 from mergeprobe_fast.merging.adapter import MergedAdapter
 from mergeprobe_fast.merging.methods import MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.merging.request import prepare
@@ -69,6 +70,9 @@ def merge(
         calibration=open_given(calibration), domains=domains, threads=threads, progress=progress,
         arguments=arguments,
     )  # fmt: skip
+    if request.calibration is not None:  # before any work: the report will need it
+        covered = [m for m in zoo.modules if m.name in request.calibration.modules]
+        require(request.calibration, covered)
     used = sorted({factor.dtype for a in zoo for m in a.modules.values() for factor in (m.a, m.b)})
     if dtype is None:
         dtype = used[0] if len(used) == 1 else "F32"

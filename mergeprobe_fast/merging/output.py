@@ -44,7 +44,10 @@ def write(
     *,
     overwrite: bool,
 ) -> Report:
-    """Write the modules and ``report`` of what was written; returns the latter."""
+    """Write the modules and ``report`` of what was written; returns the latter.
+
+    Both are complete before either gets its name.
+    """
     check_output(zoo, out, overwrite=overwrite)
     if _is_file(zoo, out):
         weights, beside = _files(zoo, out, overwrite)
@@ -53,13 +56,17 @@ def write(
             "adapters": len(zoo),
             "report": beside.out.name,
         }
-        written = write_like(
-            weights.out, zoo.adapters, _written(zoo, modules), dtype=dtype, overwrite=overwrite,
-            metadata={MERGE_KEY: json.dumps(summary)},
-        )  # fmt: skip
-        content = report(written)
+        content: Report = {}
         with beside as temporary:
-            _write_json(temporary, content)
+
+            def describe(written: dict[str, RoundedModule]) -> None:
+                content.update(report(written))
+                _write_json(temporary, content)
+
+            write_like(
+                weights.out, zoo.adapters, _written(zoo, modules), dtype=dtype,
+                overwrite=overwrite, metadata={MERGE_KEY: json.dumps(summary)}, before=describe,
+            )  # fmt: skip
         return content
     with _folder(zoo, out, overwrite) as temporary:
         written = write_adapter(

@@ -61,7 +61,8 @@ class OutputErrors:
                 "energy_share": [_plain(v) for v in _ratio(self.energy[k], self.energy.sum(0))],
             }
         return {
-            "unit": "E ||(M - W_i) x||^2 / E ||W_i x||^2, x from the domain of adapter i",
+            "unit": "E ||(M - W_i) x||^2 / E ||W_i x||^2, x the calibration's samples of the "
+            "domain of adapter i, M the float32 result",
             "adapters": [
                 {
                     "name": name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +33,7 @@ def prepare(
     arguments: Mapping[str, Any],
 ) -> tuple[MergeMethod, MergeRequest]:
     """Everything checked, defaults filled in; see :func:`mergeprobe_fast.merge`."""
-    chosen = MERGE_METHODS.get(method)
-    if chosen is None:
-        raise InputError(unknown_method(method), key="method")
+    chosen = check_arguments(method, arguments)
     n = len(source.names)
     least, most = chosen.arity
     if n < least or (most is not None and n > most):
@@ -96,14 +94,22 @@ def _energy(method: MergeMethod, energy: Any) -> float | None:
     return float(energy)
 
 
+def check_arguments(method: str, names: Iterable[str]) -> MergeMethod:
+    """The method of that name, once it is known to take arguments of these names."""
+    chosen = MERGE_METHODS.get(method)
+    if chosen is None:
+        raise InputError(unknown_method(method), key="method")
+    unknown = sorted(set(names) - set(chosen.arguments))
+    if unknown:
+        takes = ", ".join(chosen.arguments) or "none"
+        raise InputError(f"{method} takes no argument {unknown[0]!r} (it takes: {takes})",
+                         key="method")  # fmt: skip
+    return chosen
+
+
 def _arguments(
     method: MergeMethod, given: Mapping[str, Any], source: Source
 ) -> dict[str, Any]:
-    unknown = sorted(set(given) - set(method.arguments))
-    if unknown:
-        takes = ", ".join(method.arguments) or "none"
-        raise InputError(f"{method.name} takes no argument {unknown[0]!r} (it takes: {takes})",
-                         key="method")  # fmt: skip
     return {
         name: _argument(name, argument, given.get(name, argument.default), source)
         for name, argument in method.arguments.items()

@@ -3,7 +3,8 @@
 As in mergekit's YAML, a value may be
 
 - a number, for every module;
-- a list of numbers, interpolated over the layers from the first to the last;
+- a list of numbers, interpolated over the numbered layers from the first to the last (embeddings
+  get the first number, a head the last);
 - a list of ``{"filter": pattern, "value": number}``, the first filter that fits decides; an entry
   without "filter" fits every module. A pattern with ``*``, ``?`` or ``[`` must fit the module path
   from its start or from after a dot to its end (fnmatch), any other is looked for inside it.
@@ -80,9 +81,17 @@ def column(value: Any, modules: Sequence[Module], key: str) -> np.ndarray:
 
 
 def _gradient(values: Sequence[float], modules: Sequence[Module]) -> np.ndarray:
-    layers = list(dict.fromkeys(m.layer for m in modules))
+    layers = list(dict.fromkeys(m.layer for m in modules if _in_layer(m)))
     place = {layer: i / max(1, len(layers) - 1) for i, layer in enumerate(layers)}
-    return np.interp([place[m.layer] for m in modules], np.linspace(0, 1, len(values)), values)
+    at = [
+        place[m.layer] if _in_layer(m) else 0.0 if m.kind == "embedding" else 1.0 for m in modules
+    ]
+    return np.interp(at, np.linspace(0, 1, len(values)), values)
+
+
+def _in_layer(m: Module) -> bool:
+    """Whether the module lies in a numbered layer; an embedding or a head does not."""
+    return any(c.isdigit() for c in m.layer)
 
 
 def _fits(pattern: Any, name: str, key: str) -> bool:

@@ -103,7 +103,7 @@ class Source(Protocol):
     def largest_rank(self) -> int: ...
 
     def chunks(self, threads: int) -> Iterator[list[ModuleFactors]]:
-        """The modules in order; a chunk is valid until the next one but one is asked for."""
+        """The modules in order; a chunk is valid until the next one is asked for."""
         ...
 
 
@@ -205,14 +205,18 @@ def each_module(
         return [function(m) for m in group]
 
     with ThreadPoolExecutor(threads) as pool:
-        for chunk in chunks:
+        for chunk in chunks:  # all of it is done before the next one may reuse its memory
             groups: dict[Hashable, list[ModuleFactors]] = {}
             for m in chunk:
                 groups.setdefault(together(m) if together else m.index, []).append(m)
             running = [(group, pool.submit(run, group)) for group in groups.values()]
-            done = {
-                m.index: result
-                for group, future in running
-                for m, result in zip(group, future.result(), strict=True)
-            }
+            try:
+                done = {
+                    m.index: result
+                    for group, future in running
+                    for m, result in zip(group, future.result(), strict=True)
+                }
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
             yield from (done[m.index] for m in chunk)

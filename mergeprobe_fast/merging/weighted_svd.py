@@ -57,7 +57,11 @@ class SeenDelta:
     def __init__(self, b: np.ndarray, x: np.ndarray, seen: np.ndarray, metric: Metric) -> None:
         self.basis = Basis(b)
         self.a: np.ndarray = x / metric.scale
-        self._weighted = _congruent(self.basis.r, x @ x.T + metric.off * (seen @ seen.T))
+        gram = x @ x.T + metric.off * (seen @ seen.T)
+        self._weighted = _congruent(self.basis.r, gram)
+        # Of the parts, before they cancel: below 2^-40 of it is rounding.
+        parts = np.square(np.linalg.norm(self.basis.r, axis=0)) @ np.maximum(np.diag(gram), 0)
+        self._faint = 2.0**-40 * float(np.sqrt(parts))
         self._plain = _congruent(self.basis.r, self.a @ self.a.T)
 
     def cut(self, rank: int | None, energy: float | None, *, metric: str = "activation") -> Cut:
@@ -68,7 +72,10 @@ class SeenDelta:
         squares, vectors = np.linalg.eigh(self._weighted if metric == "activation" else self._plain)
         sigma = np.sqrt(np.maximum(squares[::-1], 0.0))
         vectors = vectors[:, ::-1]
-        before = int((sigma > np.sqrt(_NOISE * len(sigma)) * sigma[0]).sum())
+        floor = np.sqrt(_NOISE * len(sigma)) * sigma[0]
+        if metric == "activation":
+            floor = max(floor, self._faint)
+        before = int((sigma > floor).sum())
         kept = min(before, share_rank(sigma, energy), before if rank is None else rank)
         rest = vectors[:, kept:]
         return Cut(

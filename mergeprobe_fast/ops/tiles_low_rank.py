@@ -85,11 +85,13 @@ def merge_low_rank(
     if width >= full:
         return _exact(merge_dense(deltas, weights, rule, **options), rank, energy)
 
-    x = _start(deltas, width, warm, seed)
+    x, unit = _start(deltas, width, warm, seed), _unit(deltas, weights)
     captured: list[float] = []
     passes = 0
     while True:
         passes += 1
+        # M^T M X would leave float32's range where M is far from 1.
+        x *= np.float32(unit)
         y, z, squares = merge_sketch(deltas, weights, rule, x, transpose=True, **options)
         if not np.isfinite(squares):
             raise InputError("the merged delta overflows float32", key="factors")
@@ -102,7 +104,7 @@ def merge_low_rank(
         sigma_squared, right = _eigen(_gram(rows))
         del z
         k = _kept(sigma_squared, squares, rank, energy)
-        captured += [float(values[:k].sum()), float(sigma_squared[:k].sum())]
+        captured += [float(values[:k].sum()) / unit**2, float(sigma_squared[:k].sum())]
         gain = _expected_gain(captured)
         left_out = max(squares - captured[-1], 0.0)
         settled = gain <= _SETTLED * left_out or left_out <= _FAINT**2 * squares
@@ -121,6 +123,19 @@ def merge_low_rank(
         left_out, passes = residual.squares, passes + 1
     excess = 1 - (max(left_out - gain, 0.0) / left_out) ** 0.5 if left_out > 0 else 0.0
     return LowRank(b, a, sigma, squares**0.5, left_out**0.5, excess, passes)
+
+
+def _unit(deltas: Deltas, weights: Sequence[float] | np.ndarray) -> float:
+    """A power of two that brings the largest entry there can be near 1."""
+    largest = 0.0
+    for w, s in zip(weights, deltas.segments, strict=True):
+        u = matrix_values(s["u"], int(s["rank"]), deltas.d_out)
+        v = matrix_values(s["v"], int(s["rank"]), deltas.d_in)
+        size = np.abs(u).max(initial=0.0) * np.abs(v).max(initial=0.0) * abs(w * s["scale"])
+        largest = max(largest, float(size))
+    if not 0 < largest < np.inf:
+        return 1.0
+    return float(np.ldexp(1.0, -int(np.clip(np.frexp(largest)[1], -100, 100))))
 
 
 def _start(deltas: Deltas, width: int, warm: bool, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mergeprobe_fast.report.merge import LISTED_ADAPTERS, WORST_MODULES
+from mergeprobe_fast.report.merge import LISTED_ADAPTERS, WORST_MODULES, print_outputs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +46,7 @@ def print_into_summary(
     for name in worst[:WORST_MODULES]:
         error = modules[name]["rounding_error_relative"]
         console.print(Text(f"{error:8.2%}  ", style="dim") + view.text(name, console.width - 12))
+    print_outputs(report, view)
     console.print()
     console.print(Text(view.clean(out_dir), style="cyan", overflow="fold"))
     console.print(Text("  loads as the base does; merge.json has every module", style="dim"))

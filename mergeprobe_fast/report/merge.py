@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mergeprobe_fast.merging.output import REPORT_NAME, SUFFIX
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,14 +56,27 @@ def print_merge_summary(
     for name in worst[: WORST_MODULES if lost > 0 else 0]:
         error = modules[name]["truncation_error_relative"]
         console.print(Text(f"{error:8.2%}  ", style="dim") + view.text(name, console.width - 12))
-    if "outputs" in report:
-        console.print()
-        head = "outputs on each adapter's own domain: error as a share of its output energy"
-        console.print(Text(head, style="dim"))
-        console.print(_output_table(report["outputs"], view))
+    print_outputs(report, view)
     console.print()
     console.print(Text(view.clean(out_dir), style="cyan", overflow="fold"))
-    console.print(Text("  PEFT loads it as it is; merge.json has every module", style="dim"))
+    path = Path(out_dir)
+    if path.suffix == SUFFIX:
+        beside = view.clean(f"{path.stem}.{REPORT_NAME}")
+        console.print(Text(f"  as its inputs; {beside} has every module", style="dim"))
+    else:
+        console.print(Text("  PEFT loads it as it is; merge.json has every module", style="dim"))
+
+
+def print_outputs(report: Mapping[str, Any], view: View) -> None:
+    """Print how far the outputs are from each adapter's own, where the report says so."""
+    from rich.text import Text
+
+    if "outputs" not in report:
+        return
+    view.console.print()
+    head = "output error / output energy, on the calibration samples of each adapter's domain"
+    view.console.print(Text(head, style="dim"))
+    view.console.print(_output_table(report["outputs"], view))
 
 
 def _output_table(outputs: Mapping[str, Any], view: View) -> Table:

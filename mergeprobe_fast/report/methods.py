@@ -28,7 +28,7 @@ def describe_methods(name: str | None = None) -> list[dict[str, Any]]:
     return [
         {
             "name": m.name,
-            "summary": m.summary,
+            "summary": m.summary.replace("``", ""),
             "description": _paragraphs(inspect.getdoc(m.run) or ""),
             "least_adapters": m.arity[0],
             "most_adapters": m.arity[1],
