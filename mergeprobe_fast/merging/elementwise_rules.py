@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -27,42 +26,54 @@ Keep = Literal["magnitude", "random", "della", "breadcrumbs"]
 def low_rank(request: MergeRequest, keep: Keep, combine: str) -> Iterator[MergedModule]:
     """The rule as an adapter; ``rank`` defaults to the largest among the adapters."""
     for m, deltas, rule in _rules(request, keep, combine):
-        rank = request.rank
-        if rank is None:
-            # An energy may need any rank; above the sum of the adapters' it costs more than it is.
-            rank = request.source.largest_rank if request.energy is None else int(m.ranks.sum())
-        try:
-            found = merge_low_rank(
-                deltas, request.weights_of(m), rule, rank, energy=request.energy,
-                threads=request.threads,
-            )  # fmt: skip
-        except InputError as error:
-            raise blame(error, m) from None
-        width = rank if request.energy is None else max(1, len(found.a))
-        yield MergedModule(
-            m.module, pad_rank(found.a, width, 0), pad_rank(found.b, width, 1),
-            request.members(m), found.norm, found.error, min(m.module.d_out, m.module.d_in),
-            {"excess_relative": found.excess},
+        yield cut(request, m, deltas, request.weights_of(m), rule)
+
+
+def cut(
+    request: MergeRequest, m: ModuleFactors, deltas: Deltas, weights: np.ndarray,
+    rule: ElementwiseRule, fisher: Deltas | None = None,
+) -> MergedModule:  # fmt: skip
+    """The rule's result at the rank asked for, by default the largest among the adapters."""
+    rank = request.rank
+    if rank is None:
+        # An energy may need any rank; above the sum of the adapters' it costs more than it is.
+        rank = request.source.largest_rank if request.energy is None else int(m.ranks.sum())
+    try:
+        found = merge_low_rank(
+            deltas, weights, rule, rank, energy=request.energy, fisher=fisher,
+            threads=request.threads,
         )  # fmt: skip
+    except InputError as error:
+        raise blame(error, m) from None
+    width = rank if request.energy is None else max(1, len(found.a))
+    return MergedModule(
+        m.module, pad_rank(found.a, width, 0), pad_rank(found.b, width, 1), request.members(m),
+        found.norm, found.error, min(m.module.d_out, m.module.d_in),
+        {"excess_relative": found.excess},
+    )  # fmt: skip
 
 
 def dense(request: MergeRequest, *, keep: Keep, combine: str) -> Iterator[DenseModule]:
     """The rule itself, row by row."""
     for m, deltas, rule in _rules(request, keep, combine):
-        yield DenseModule(
-            m.module, request.members(m), partial(_rows, m, deltas, request.weights_of(m), rule,
-                                                  request.threads),
-        )  # fmt: skip
+        yield whole(request, m, deltas, request.weights_of(m), rule)
 
 
-def _rows(
-    m: ModuleFactors, deltas: Deltas, weights: np.ndarray, rule: ElementwiseRule, threads: int,
-    first: int, last: int,
-) -> np.ndarray:  # fmt: skip
-    try:
-        return merge_dense(deltas, weights, rule, rows=(first, last), threads=threads)
-    except InputError as error:
-        raise blame(error, m) from None
+def whole(
+    request: MergeRequest, m: ModuleFactors, deltas: Deltas, weights: np.ndarray,
+    rule: ElementwiseRule, fisher: Deltas | None = None,
+) -> DenseModule:  # fmt: skip
+    """The rule's result, rows of it as they are asked for."""
+
+    def rows(first: int, last: int) -> np.ndarray:
+        try:
+            return merge_dense(
+                deltas, weights, rule, rows=(first, last), fisher=fisher, threads=request.threads
+            )
+        except InputError as error:
+            raise blame(error, m) from None
+
+    return DenseModule(m.module, request.members(m), rows)
 
 
 def _rules(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merging.activation import (
     calibration_of,
     inputs,
@@ -16,20 +14,17 @@ from mergeprobe_fast.merging.activation import (
     require,
 )
 from mergeprobe_fast.merging.arguments import number
-from mergeprobe_fast.merging.elementwise_rules import blame
+from mergeprobe_fast.merging.elementwise_rules import cut, whole
 from mergeprobe_fast.merging.methods import (
     Argument,
     DenseModule,
     MergedModule,
     MergeMethod,
     MergeRequest,
-    pad_rank,
 )
 from mergeprobe_fast.merging.source import ModuleFactors
 from mergeprobe_fast.ops._tables import SEGMENT
 from mergeprobe_fast.ops.canonical import matrix_record
-from mergeprobe_fast.ops.tiles import merge_dense
-from mergeprobe_fast.ops.tiles_low_rank import merge_low_rank
 from mergeprobe_fast.ops.tiles_rule import Deltas, ElementwiseRule
 
 
@@ -49,38 +44,13 @@ def fisher(request: MergeRequest) -> Iterator[MergedModule]:
     Matena and Raffel 2022.
     """
     for m, call in _calls(request):
-        rank = request.rank
-        if rank is None:
-            rank = request.source.largest_rank if request.energy is None else int(m.ranks.sum())
-        try:
-            found = merge_low_rank(
-                call.deltas, call.weights, call.rule, rank, energy=request.energy,
-                fisher=call.information, threads=request.threads,
-            )  # fmt: skip
-        except InputError as error:
-            raise blame(error, m) from None
-        width = rank if request.energy is None else max(1, len(found.a))
-        yield MergedModule(
-            m.module, pad_rank(found.a, width, 0), pad_rank(found.b, width, 1),
-            request.members(m), found.norm, found.error, min(m.module.d_out, m.module.d_in),
-            {"excess_relative": found.excess},
-        )  # fmt: skip
+        yield cut(request, m, *call)
 
 
 def dense(request: MergeRequest) -> Iterator[DenseModule]:
     """The rule itself, row by row."""
     for m, call in _calls(request):
-        yield DenseModule(m.module, request.members(m), partial(_rows, m, call, request.threads))
-
-
-def _rows(m: ModuleFactors, call: _Call, threads: int, first: int, last: int) -> np.ndarray:
-    try:
-        return merge_dense(
-            call.deltas, call.weights, call.rule, rows=(first, last), fisher=call.information,
-            threads=threads,
-        )  # fmt: skip
-    except InputError as error:
-        raise blame(error, m) from None
+        yield whole(request, m, *call)
 
 
 class _Call(NamedTuple):
