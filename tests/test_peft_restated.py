@@ -383,3 +383,11 @@ def test_an_error_half_way_leaves_the_model_as_it_was(rng, compat, where, monkey
     assert not differences(before, everything(model))
     add_weighted_adapter(model, ["a"], [1.0], "merged", compat=compat)
     assert_close(deltas(model, "merged"), weighted(model, {"a": 1.0}))
+
+
+def test_the_drop_in_is_found_by_its_name():
+    import mergeprobe_fast as mpf
+
+    assert mpf.integrations.peft.add_weighted_adapter is add_weighted_adapter
+    with pytest.raises(AttributeError, match="no attribute 'pfet'"):
+        mpf.integrations.pfet  # noqa: B018
