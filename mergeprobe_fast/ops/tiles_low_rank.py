@@ -23,6 +23,8 @@ _FAINT = 1e-6
 # Below this ratio of squared singular values one turn to orthonormal columns, which loses as the
 # square of the condition number, is repaired by a second.
 _REPAIR = 1e-6
+# Gains below this share of what is captured are the rounding of float32 products (1.2e-7 seen).
+_ROUNDING = 2.0**-22
 # Share of the energy left out below which ||M||^2 less what was captured would cancel: the error is
 # then measured by a pass of its own.
 _CANCELS = 1e-2
@@ -58,7 +60,7 @@ def merge_low_rank(
     Subspace iteration (Halko, Martinsson and Tropp 2011) whose start is the row space of all
     deltas, random columns added up to ``rank + 8``. Each pass over the entries is two half steps,
     ``M X`` and ``M^T M X``; passes go on until the expected gain of another is below 2e-6 of the
-    energy that rank k leaves out, six at most. Where the basis would be as wide as M is, M is
+    energy that rank k leaves out, or below the rounding of float32 products, six at most. Where the basis would be as wide as M is, M is
     formed and the result is its truncated SVD, exact. Products are summed in float32: elsewhere,
     components below about 1e-5 of ||M||_F are not resolved.
 
@@ -107,7 +109,8 @@ def merge_low_rank(
         captured += [float(values[:k].sum()) / unit**2, float(sigma_squared[:k].sum())]
         gain = _expected_gain(captured)
         left_out = max(squares - captured[-1], 0.0)
-        settled = gain <= _SETTLED * left_out or left_out <= _FAINT**2 * squares
+        exact = left_out <= _FAINT**2 * squares
+        settled = exact or gain <= max(_SETTLED * left_out, _ROUNDING * captured[-1])
         if settled or passes == _MOST_PASSES:
             break
         del x, y  # before more is taken
@@ -121,7 +124,7 @@ def merge_low_rank(
         nothing = np.zeros((deltas.d_in, 0), np.float32)
         residual = merge_sketch(deltas, weights, rule, nothing, minus=(b, a), **options)
         left_out, passes = residual.squares, passes + 1
-    excess = 1 - (max(left_out - gain, 0.0) / left_out) ** 0.5 if left_out > 0 else 0.0
+    excess = 0.0 if exact or left_out == 0 else 1 - (max(left_out - gain, 0.0) / left_out) ** 0.5
     return LowRank(b, a, sigma, squares**0.5, left_out**0.5, excess, passes)
 
 
@@ -210,8 +213,8 @@ def _expected_gain(captured: list[float]) -> float:
     if len(captured) < 3:
         return np.inf
     before, last = captured[-2] - captured[-3], captured[-1] - captured[-2]
-    if last <= 0:
-        return 0.0
+    if last <= _ROUNDING * captured[-1]:
+        return _ROUNDING * captured[-1]
     ratio = last / before if before > last else 1.0
     return last * ratio / (1 - ratio) if ratio < 1 else np.inf
 
