@@ -60,9 +60,10 @@ def merge_low_rank(
     Subspace iteration (Halko, Martinsson and Tropp 2011) whose start is the row space of all
     deltas, random columns added up to ``rank + 8``. Each pass over the entries is two half steps,
     ``M X`` and ``M^T M X``; passes go on until the expected gain of another is below 2e-6 of the
-    energy that rank k leaves out, or below the rounding of float32 products, six at most. Where the basis would be as wide as M is, M is
-    formed and the result is its truncated SVD, exact. Products are summed in float32: elsewhere,
-    components below about 1e-5 of ||M||_F are not resolved.
+    energy that rank k leaves out, or below the rounding of float32 products, six at most. Where
+    the basis would be as wide as M is, M is formed and the result is its truncated SVD, exact.
+    Products are summed in float32: elsewhere, components below about 1e-5 of ||M||_F are not
+    resolved.
 
     Args:
         rank: k, at most; the result has fewer components when M has, 0 when M is zero.
