@@ -22,6 +22,27 @@ def is_temporary(path: str | os.PathLike[str]) -> bool:
     return _TEMPORARY.fullmatch(os.path.basename(os.fspath(path))) is not None
 
 
+def make_parents(out: Path, made: list[Path]) -> None:
+    """Make the folders above ``out`` that are missing; each one is added to ``made`` at once."""
+    missing = []
+    parent = out.parent
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        made.append(folder)
+
+
+def remove_parents(made: list[Path]) -> None:
+    """Undo ``make_parents``, as far as nothing else has moved in meanwhile."""
+    for folder in reversed(made):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
 class AtomicFolder:
     """Context manager: write into the folder it yields, and it becomes ``out`` at the end.
 
@@ -63,11 +84,11 @@ class AtomicFolder:
             self._check()
             self._recover()
             self._check()
-            self._make_parents()
+            make_parents(self.out, self._made)
             self._temporary = self._sibling("tmp")
             self._temporary.mkdir()
         except OSError as error:
-            self._remove_parents()
+            remove_parents(self._made)
             raise as_input_error(error, self.out) from error
         return self._temporary
 
@@ -140,16 +161,6 @@ class AtomicFolder:
             reason = f"has no {missing[0]}: not a result of this command; not overwritten"
             raise InputError(reason, path=out)
 
-    def _make_parents(self) -> None:
-        missing = []
-        parent = self.out.parent
-        while not parent.exists():
-            missing.append(parent)
-            parent = parent.parent
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            self._made.append(folder)
-
     def _sibling(self, word: str) -> Path:
         # File names are limited to 255 bytes; what matters is that the name is recognised.
         stem = os.fsencode(self.out.name)[:200].decode("utf-8", "ignore")
@@ -197,14 +208,7 @@ class AtomicFolder:
     def _discard(self) -> None:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
-        self._remove_parents()
-
-    def _remove_parents(self) -> None:
-        for folder in reversed(self._made):
-            try:
-                folder.rmdir()
-            except OSError:  # something else moved in meanwhile
-                return
+        remove_parents(self._made)
 
 
 def as_input_error(error: OSError, out: Path) -> InputError:

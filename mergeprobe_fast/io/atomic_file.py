@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import InputError
-from .atomic import as_input_error, sync, sync_folder
+from .atomic import as_input_error, make_parents, remove_parents, sync, sync_folder
 
 
 class AtomicFile:
@@ -64,9 +64,9 @@ class AtomicFile:
     def __enter__(self) -> Path:
         self.check()
         try:
-            self._make_parents()
+            make_parents(self.out, self._made)
         except OSError as error:
-            self._remove_parents()
+            remove_parents(self._made)
             raise as_input_error(error, self.out) from error
         # File names are limited to 255 bytes; what matters is that the name is recognised.
         stem = os.fsencode(self.out.name)[:200].decode("utf-8", "ignore")
@@ -109,23 +109,6 @@ class AtomicFile:
                 os.rename(self._temporary, self.out)  # a file system without links
         sync_folder(self.out.parent)
 
-    def _make_parents(self) -> None:
-        missing = []
-        parent = self.out.parent
-        while not parent.exists():
-            missing.append(parent)
-            parent = parent.parent
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            self._made.append(folder)
-
     def _discard(self) -> None:
         self._temporary.unlink(missing_ok=True)
-        self._remove_parents()
-
-    def _remove_parents(self) -> None:
-        for folder in reversed(self._made):
-            try:
-                folder.rmdir()
-            except OSError:  # something else moved in meanwhile
-                return
+        remove_parents(self._made)

@@ -15,6 +15,7 @@ from ..errors import InputError
 from . import strict_json
 from .adapter import FactorRef, FileStamp
 from .safetensors import SafetensorsHeader, read_header
+from .shards import read_shards, read_weight_map
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -135,30 +136,14 @@ def _read_shards(folder: Path, files: list[str]) -> Iterator[SafetensorsHeader]:
 
 
 def _read_indexed(folder: Path, files: list[str]) -> Iterator[SafetensorsHeader]:
-    """All shards; the index and the shards must name the same keys in the same places."""
     path = folder / INDEX_NAME
-    left = strict_json.read(path).get("weight_map")
-    if not isinstance(left, dict) or not left:
-        raise InputError("is not an object of file names", path=path, key="weight_map")
-    for key, shard in left.items():
-        # Only names of files in this folder: a path could lead anywhere.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or (
-            os.path.basename(shard) != shard
-        ):
-            reason = f"lies in {shard!r}, which is no name of a safetensors file"
-            raise InputError(reason[:300], path=path, key=strict_json.printable(key))
-    for shard in sorted(set(left.values())):
-        if shard not in files:
-            raise InputError(f"is missing; {INDEX_NAME} names it", path=folder / shard)
-        header = read_header(folder / shard)
-        for entry in header.layout.entries:
-            if left.pop(entry.key, None) != shard:
-                reason = f"lies in {shard}, the index says otherwise"
-                raise InputError(reason, path=path, key=strict_json.printable(entry.key))
-        yield header
-    if left:
-        key, shard = next(iter(left.items()))
-        raise InputError(f"is not in {shard}", path=path, key=strict_json.printable(key))
+    weight_map = read_weight_map(
+        path, lambda name: name.endswith(".safetensors") and os.path.basename(name) == name,
+        "no name of a safetensors file",
+    )  # fmt: skip
+    for shard in sorted(set(weight_map.values()) - set(files)):
+        raise InputError(f"is missing; {INDEX_NAME} names it", path=folder / shard)
+    yield from read_shards(path, weight_map)
 
 
 class CheckpointCopy:

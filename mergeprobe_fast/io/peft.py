@@ -15,6 +15,7 @@ from .atomic import is_temporary
 from .layout import Plan, plan_modules
 from .peft_config import ConfigReading, Resolution, read_config, resolve
 from .safetensors import Entry, SafetensorsHeader, read_header, refuse_pickle
+from .shards import read_shards, read_weight_map
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -158,31 +159,15 @@ def _read_headers(folder: Path, names: frozenset[str]) -> Iterator[SafetensorsHe
 
 
 def _read_shards(folder: Path, names: frozenset[str]) -> Iterator[SafetensorsHeader]:
-    """Read all shards; the index and the shards must name the same keys in the same places."""
     path = folder / INDEX_NAME
-    weight_map = strict_json.read(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError("is not an object of file names", path=path, key="weight_map")
-    for key, shard in weight_map.items():
-        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            # Only names of shards in this folder: a path could lead anywhere.
-            reason = f"lies in {shard!r}, which is not a name like adapter_model-00001-of-00002"
-            raise InputError(reason[:300], path=path, key=strict_json.printable(key))
-    shards = sorted(set(weight_map.values()))
+    weight_map = read_weight_map(
+        path, lambda name: _SHARD.fullmatch(name) is not None,
+        "not a name like adapter_model-00001-of-00002",
+    )  # fmt: skip
     for shard in sorted(name for name in names if _SHARD.fullmatch(name)):
-        if shard not in shards:
+        if shard not in weight_map.values():
             raise InputError("is a shard that the index does not name", path=folder / shard)
-    left = dict(weight_map)
-    for shard in shards:
-        header = read_header(folder / shard)
-        for entry in header.layout.entries:
-            if left.pop(entry.key, None) != shard:
-                reason = f"lies in {shard}, the index says otherwise"
-                raise InputError(reason, path=path, key=strict_json.printable(entry.key))
-        yield header
-    if left:
-        key, shard = next(iter(left.items()))
-        raise InputError(f"is not in {shard}", path=path, key=strict_json.printable(key))
+    yield from read_shards(path, weight_map)
 
 
 def _refusals(
