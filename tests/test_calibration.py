@@ -329,3 +329,13 @@ def test_a_piece_outside_its_tensor_is_refused(tmp_path):
         writer.__exit__(None, None, None)
     with pytest.raises(InputError, match="cannot be streamed"):
         StreamWriter(tmp_path / "y", {"t": ("F4", (2,))})
+
+
+def test_a_folder_that_is_none_is_refused_in_one_sentence(tmp_path):
+    for folder, reason in (
+        (tmp_path, "has no calibration.json: not a calibration"),
+        (tmp_path / "no", "is not a calibration folder"),
+    ):
+        with pytest.raises(InputError) as caught:
+            open_calibration(folder)
+        assert str(caught.value) == f"{folder}: {reason}"

@@ -200,12 +200,13 @@ def open_calibration(folder: str | os.PathLike[str]) -> Calibration:
     folder = Path(folder)
     path = folder / CALIBRATION_NAME
     try:
-        if not folder.is_dir():
-            raise InputError("is not a calibration folder", path=folder)
-        if not is_calibration(folder):
-            raise InputError(f"has no {CALIBRATION_NAME}: not a calibration", path=folder)
+        present, complete = folder.is_dir(), is_calibration(folder)
     except ValueError as error:  # a NUL in the path
         raise strict_json.unreadable(folder, error) from error
+    if not present:
+        raise InputError("is not a calibration folder", path=folder)
+    if not complete:
+        raise InputError(f"has no {CALIBRATION_NAME}: not a calibration", path=folder)
     try:
         info = calibration_json.parse(strict_json.read(path))
     except Bad as bad:
