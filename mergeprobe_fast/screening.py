@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergeprobe_fast import engine
-from mergeprobe_fast.features import ADAPTER_FEATURES, Feature, select
+from mergeprobe_fast import _env, engine
+from mergeprobe_fast.features import ADAPTER_FEATURES, Feature, PairColumn, Selection, select
+from mergeprobe_fast.recorded import NOTHING, Recorded, open_recorded
 from mergeprobe_fast.table import AdapterTable, PairTable
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo, text
+
+if TYPE_CHECKING:
+    from mergeprobe_fast.io.calibration import Calibration
+    from mergeprobe_fast.io.probe import Probes
+
+    Folder = str | os.PathLike[str]
+    Domains = Mapping[str, str] | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,66 +28,131 @@ class Screen:
     """Everything one pass gives."""
 
     zoo: Zoo
-    features: list[Feature]
+    selection: Selection
+    recorded: Recorded
     adapters: AdapterTable
     pairs: PairTable
     layers: list[str]
     profile: np.ndarray  # (pairs, layers) cosine per layer
     adapter_profile: np.ndarray  # (adapters, layers) norm per layer
 
+    @property
+    def features(self) -> list[Feature | PairColumn]:
+        """Every declaration that was computed for pairs."""
+        return list(self.selection)
+
 
 def screen(
     zoo: Zoo,
-    features: str | Sequence[str | Feature] = "default",
+    features: str | Sequence[str | Feature | PairColumn] = "default",
     *,
+    recorded: Recorded = NOTHING,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Screen:
     """Adapter and pair features and the per-layer profile of a zoo."""
-    chosen = select(features)
-    result = engine.run(zoo, chosen, profile=True, threads=threads, progress=progress)
-    pairs = PairTable(zoo.names, result.a, result.b, result.columns, result.clipped)
+    chosen = select(features, recorded)
+    result = engine.run(
+        zoo, chosen.features, recorded=recorded, profile=True, threads=threads, progress=progress
+    )
+    data = _families(zoo, chosen, recorded, threads)
+    adapters = _adapter_table(zoo, result, chosen, data)
+    pairs = _pair_table(zoo, result, chosen, data)
     return Screen(
-        zoo, chosen, _adapter_table(zoo, result), pairs, result.layers, result.profile,
+        zoo, chosen, recorded, adapters, pairs, result.layers, result.profile,
         _adapter_profile(zoo, result),
     )  # fmt: skip
 
 
 def pair_features(
     zoo: Zoo | Paths,
-    features: str | Sequence[str | Feature] = "default",
+    features: str | Sequence[str | Feature | PairColumn] = "default",
     *,
+    calibration: Calibration | Folder | None = None,
+    domains: Domains | None = None,
+    probes: Probes | Folder | None = None,
+    at: float | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PairTable:
     """One row per pair of adapters of a zoo.
 
-    Each feature is a column over the concatenated deltas of all modules, and ``<feature>.mean``,
-    ``.max``, ``.min``, ``.p10``, ``.p90`` over the modules both adapters have (the mean weighted by
-    the product of the two norms). NaN: undefined, because a delta is zero or a module is missing.
+    Each feature is a column over the concatenated deltas of all modules; features on tiles have
+    ``<feature>.mean``, ``.max``, ``.min``, ``.p10``, ``.p90`` too, over the modules both adapters
+    have (the mean weighted by the product of the two norms). NaN: undefined, because a delta is
+    zero or a module is missing.
 
     Args:
         zoo: from :func:`mergeprobe_fast.open_zoo`, or what that takes.
-        features: "default", "all", names from ``mergeprobe_fast.FEATURES``, or declarations.
+        features: "default", "all", names from ``mergeprobe_fast.FEATURES``, or declarations. What
+            needs a calibration or probes is among the first two only if these are given.
+        calibration: folder that ``calibrate`` wrote: columns of what updates do to the inputs, the
+            outputs and the loss of each adapter's domain.
+        domains: of the calibration, per adapter; default: by the adapters' names.
+        probes: folder of probe runs named like the adapters: columns of early training.
+        at: the fraction of training at which to take the probes; default: the latest.
 
     Raises:
-        InputError: an unknown feature, a file that changed, a factor that is not finite.
-    """
-    zoo, chosen = as_zoo(zoo), select(features)
-    result = engine.run(zoo, chosen, threads=threads, progress=progress)
-    return PairTable(zoo.names, result.a, result.b, result.columns, result.clipped)
-
-
-def adapter_features(zoo: Zoo | Paths, *, threads: int | None = None) -> AdapterTable:
-    """One row per adapter: size, norm and spectrum of its whole delta.
-
-    Singular values of all modules together; ``<feature>.mean`` and ``.max`` are over modules.
+        InputError: an unknown feature, one that needs what was not given, a file that changed, a
+            factor that is not finite.
     """
     zoo = as_zoo(zoo)
-    return _adapter_table(zoo, engine.run(zoo, [], threads=threads))
+    recorded = open_recorded(zoo, calibration, domains, probes, at)
+    chosen = select(features, recorded)
+    result = engine.run(
+        zoo, chosen.features, recorded=recorded, threads=threads, progress=progress
+    )
+    return _pair_table(zoo, result, chosen, _families(zoo, chosen, recorded, threads))
 
 
-def _adapter_table(zoo: Zoo, result: engine.PassResult) -> AdapterTable:
+def adapter_features(
+    zoo: Zoo | Paths,
+    *,
+    calibration: Calibration | Folder | None = None,
+    domains: Domains | None = None,
+    probes: Probes | Folder | None = None,
+    at: float | None = None,
+    threads: int | None = None,
+) -> AdapterTable:
+    """One row per adapter: size, norm and spectrum of its whole delta.
+
+    Singular values of all modules together; ``<feature>.mean`` and ``.max`` are over modules. With
+    a calibration and with probes, which are as in :func:`pair_features`, also what these say.
+    """
+    zoo = as_zoo(zoo)
+    recorded = open_recorded(zoo, calibration, domains, probes, at)
+    chosen = select("default", recorded)
+    result = engine.run(zoo, [], threads=threads)
+    return _adapter_table(zoo, result, chosen, _families(zoo, chosen, recorded, threads))
+
+
+def _families(
+    zoo: Zoo, chosen: Selection, recorded: Recorded, threads: int | None
+) -> dict[str, Any]:
+    """What each family of columns is made from."""
+    count = _env.threads_or_default(threads)
+    return {f.name: f.compute(zoo, recorded, count) for f in chosen.families}
+
+
+def _pair_table(
+    zoo: Zoo, result: engine.PassResult, chosen: Selection, data: Mapping[str, Any]
+) -> PairTable:
+    columns, clipped = dict(result.columns), result.clipped
+    for family in chosen.families:
+        for c in chosen.columns:
+            if c in family.pairs:
+                values = np.asarray(c.finish(data[family.name], result.a, result.b), np.float64)
+                if c.bounded is not None:
+                    low, high = c.bounded
+                    clipped += int(np.count_nonzero((values < low) | (values > high)))
+                    values = np.clip(values, low, high)
+                columns[c.name] = values
+    return PairTable(zoo.names, result.a, result.b, columns, clipped)
+
+
+def _adapter_table(
+    zoo: Zoo, result: engine.PassResult, chosen: Selection, data: Mapping[str, Any]
+) -> AdapterTable:
     entries = zoo.table.entries
     columns: dict[str, list | np.ndarray] = {
         "name": np.array(zoo.names, dtype=object),
@@ -104,6 +179,9 @@ def _adapter_table(zoo: Zoo, result: engine.PassResult) -> AdapterTable:
             )
     zero = np.bincount(owner[result.rank == 0], minlength=len(zoo))
     columns["zero_modules"] = zero
+    for family in chosen.families:
+        for c in family.adapters:
+            columns[c.name] = np.asarray(c.finish(data[family.name]))
     return AdapterTable(columns)
 
 

@@ -13,6 +13,7 @@ from command_line import WEIGHTS, Run, assert_refused, runner, spoil, strict_jso
 from dense_merge import deltas, digests, exact_sums
 
 import mergeprobe_fast as mpf
+from mergeprobe_fast.features import select
 from mergeprobe_fast.io import safetensors
 
 SCREEN_FILES = ["adapters.parquet", "pairs.parquet", "report.html", "summary.json"]
@@ -77,7 +78,7 @@ def test_the_columns_of_pairs_parquet(run, zoo, features):
         names = ["norm_ratio", "shared_energy_a", "shared_energy_b"]  # the twin comes along
         features = ",".join(names)
     else:
-        names = [features] if features in mpf.FEATURES else list(mpf.FEATURES)
+        names = [features] if features in mpf.FEATURES else [f.name for f in select(features)]
     assert run("screen", "zoo", "--out", "out", "--features", features).code == 0
     table = parquet.read_table("out/pairs.parquet")
     expected = ["a", "b"]
@@ -114,7 +115,7 @@ def test_adapters_parquet_and_summary(run, zoo):
     summary = strict_json(Path("out/summary.json").read_text("utf-8"))
     assert strict_json(ran.out) == {**summary, "out": "out"}
     assert (summary["adapters"], summary["pairs"], summary["modules"]) == (3, 3, 4)
-    assert summary["features"] == list(mpf.FEATURES)
+    assert summary["features"] == [f.name for f in select("default")]
     assert summary["base_model"] == "test/base" and summary["skipped"] == []
 
 

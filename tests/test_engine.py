@@ -164,7 +164,7 @@ def test_progress_adds_up(zoo, monkeypatch, pair_bytes, chunk_bytes):
     cut(monkeypatch, pair_bytes, chunk_bytes)
     seen = []
     mpf.pair_features(zoo, ["cosine"], progress=seen.append)
-    assert sum(seen) == passes.steps(zoo, select(["cosine"]))
+    assert sum(seen) == passes.steps(zoo, select(["cosine"]).features)
     assert all(n > 0 for n in seen)
 
 

@@ -8,9 +8,9 @@ from adapters import make_adapter
 from dense_merge import deltas, exact_sums, seed_from, singular_values, zoo_of
 
 import mergeprobe_fast as mpf
+from mergeprobe_fast.domains import assign_domains
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merging import schedule
-from mergeprobe_fast.merging.request import assign_domains
 from mergeprobe_fast.zoo import Module
 
 LAYERS = [

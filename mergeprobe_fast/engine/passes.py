@@ -18,6 +18,7 @@ from mergeprobe_fast.engine.aggregate import PairBlock
 from mergeprobe_fast.engine.chunks import CanonicalFactors, plan_chunks, read_ahead
 from mergeprobe_fast.engine.grams import ChunkGrams
 from mergeprobe_fast.features.declare import DOT, Feature, Need
+from mergeprobe_fast.recorded import NOTHING, Recorded
 from mergeprobe_fast.zoo import Zoo, short_labels
 
 log = logging.getLogger("mergeprobe_fast")
@@ -53,6 +54,7 @@ def run(
     zoo: Zoo,
     features: Sequence[Feature],
     *,
+    recorded: Recorded = NOTHING,
     profile: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from mergeprobe_fast.recorded import Recorded
+    from mergeprobe_fast.zoo import Zoo
 
 Product = Literal["uv", "uu", "vv"]
 Weight = Literal["one", "sigma", "energy"]  # 1, sigma_a, sigma_a^2
@@ -79,9 +83,59 @@ class Feature:
     directed_twin: str | None = None
     source: str = ""
     bounded: tuple[float, float] | None = field(default=None)  # clipped to it, clips counted
+    # What has to be recorded and is not, in one phrase; None: it can be computed.
+    missing: Callable[[Recorded], str | None] = lambda recorded: None
 
 
 def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     """top / bottom, NaN where the bottom is zero or undefined."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(bottom > 0, top / bottom, np.nan)
+
+
+@dataclass(frozen=True)
+class PairColumn:
+    """A number per pair that comes from tables over adapters, not from tiles.
+
+    ``finish(data, a, b)`` gets what the family's ``compute`` returned and the adapter indices of
+    each pair, and returns one float64 per pair, NaN where undefined.
+    """
+
+    name: str
+    title: str
+    definition: str
+    finish: Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
+    low: float | None = None
+    high: float | None = None
+    null: float | None = None
+    null_text: str = ""
+    directed_twin: str | None = None
+    source: str = ""
+    bounded: tuple[float, float] | None = None
+    per_module: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class AdapterColumn:
+    """A number per adapter, from what the family's ``compute`` returned."""
+
+    name: str
+    title: str
+    definition: str
+    finish: Callable[[Any], np.ndarray]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Columns that share what they are made from.
+
+    ``missing(recorded)`` says in one phrase what is not there ("a calibration with gradients"), or
+    None when the family can be computed. ``compute(zoo, recorded, threads)`` is called once.
+    """
+
+    name: str
+    missing: Callable[[Recorded], str | None]
+    compute: Callable[[Zoo, Recorded, int], Any]
+    pairs: tuple[PairColumn, ...] = ()
+    adapters: tuple[AdapterColumn, ...] = ()

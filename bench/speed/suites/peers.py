@@ -146,7 +146,7 @@ def _in_process(shapes: Shapes) -> Iterator[Work]:
         def finish(results, medians) -> list[Fact]:
             inner, norm, sigma = results[SENTRY]
             found = results[OURS]
-            whole = engine.run(mpf.open_zoo(paths), select(["cosine"]))
+            whole = engine.run(mpf.open_zoo(paths), select(["cosine"]).features)
             # Both in the order of the modules: ours sorts naturally, so match by name.
             order = [list(shapes).index(m.name) for m in found.zoo.modules]
             mine = whole.sigma.reshape(len(shapes), 2, -1)
