@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -260,3 +261,12 @@ def test_killed_at_any_moment_the_folder_is_complete(tmp_path, how):
                 AtomicFolder(out).__enter__()
         assert len(content(out)) == 1  # three files of one turn
         assert all(is_temporary(path) for path in tmp_path.iterdir() if path != out)
+
+
+def test_an_interruption_where_no_handler_is_in_force_leaves_nothing(tmp_path):
+    """Ctrl-C between __enter__ and the block, or before __exit__ has begun: neither is called."""
+    folder = AtomicFolder(tmp_path / "made" / "out")
+    (folder.__enter__() / "file").write_text("x")
+    del folder
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
 
@@ -119,3 +120,11 @@ def test_refusals(tmp_path):
             with output:
                 raise AssertionError("entered")
     assert names(tmp_path) == ["file", "folder", "hard", "link", "pipe"]
+
+
+def test_an_interruption_where_no_handler_is_in_force_leaves_nothing(tmp_path):
+    file = AtomicFile(tmp_path / "made" / "out.txt")
+    file.__enter__().write_text("x")
+    del file
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,9 @@ import errno
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -41,6 +43,16 @@ def remove_parents(made: list[Path]) -> None:
             folder.rmdir()
         except OSError:
             return
+
+
+def remove(temporary: Path, made: list[Path]) -> None:
+    """Remove an unfinished folder or file and the parents made for it."""
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    remove_parents(made)
 
 
 class AtomicFolder:
@@ -84,11 +96,13 @@ class AtomicFolder:
             self._check()
             self._recover()
             self._check()
-            make_parents(self.out, self._made)
             self._temporary = self._sibling("tmp")
+            # An interrupt may come between two statements, where no handler is in force.
+            self._leftover = weakref.finalize(self, remove, self._temporary, self._made)
+            make_parents(self.out, self._made)
             self._temporary.mkdir()
         except OSError as error:
-            remove_parents(self._made)
+            self._discard()
             raise as_input_error(error, self.out) from error
         return self._temporary
 
@@ -102,6 +116,7 @@ class AtomicFolder:
             if error is None:
                 _sync_tree(self._temporary)
                 self._publish()
+                self._leftover.detach()
         except OSError as failure:
             self._discard()
             raise as_input_error(failure, self.out) from failure
@@ -207,8 +222,8 @@ class AtomicFolder:
 
     def _discard(self) -> None:
         if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        remove_parents(self._made)
+            remove(self._temporary, self._made)
+            self._leftover.detach()
 
 
 def as_input_error(error: OSError, out: Path) -> InputError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
 from ..errors import InputError
-from .atomic import as_input_error, make_parents, remove_parents, sync, sync_folder
+from .atomic import as_input_error, make_parents, remove, sync, sync_folder
 
 
 class AtomicFile:
@@ -63,14 +64,16 @@ class AtomicFile:
 
     def __enter__(self) -> Path:
         self.check()
-        try:
-            make_parents(self.out, self._made)
-        except OSError as error:
-            remove_parents(self._made)
-            raise as_input_error(error, self.out) from error
         # File names are limited to 255 bytes; what matters is that the name is recognised.
         stem = os.fsencode(self.out.name)[:200].decode("utf-8", "ignore")
         self._temporary = self.out.with_name(f".{stem}.tmp-{os.urandom(8).hex()}")
+        # An interrupt may come between two statements, where no handler is in force.
+        self._leftover = weakref.finalize(self, remove, self._temporary, self._made)
+        try:
+            make_parents(self.out, self._made)
+        except OSError as error:
+            self._discard()
+            raise as_input_error(error, self.out) from error
         return self._temporary
 
     def __exit__(
@@ -83,6 +86,7 @@ class AtomicFile:
             try:
                 sync(self._temporary)
                 self._publish()
+                self._leftover.detach()
             except OSError as failure:
                 self._discard()
                 raise as_input_error(failure, self.out) from failure
@@ -110,5 +114,5 @@ class AtomicFile:
         sync_folder(self.out.parent)
 
     def _discard(self) -> None:
-        self._temporary.unlink(missing_ok=True)
-        remove_parents(self._made)
+        remove(self._temporary, self._made)
+        self._leftover.detach()
