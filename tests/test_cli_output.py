@@ -76,7 +76,6 @@ def test_the_columns_of_pairs_parquet(run, zoo, features):
 
     if features == "norm_ratio,shared_energy_a":
         names = ["norm_ratio", "shared_energy_a", "shared_energy_b"]  # the twin comes along
-        features = ",".join(names)
     else:
         names = [features] if features in mpf.FEATURES else [f.name for f in select(features)]
     assert run("screen", "zoo", "--out", "out", "--features", features).code == 0

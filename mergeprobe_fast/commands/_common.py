@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mergeprobe_fast.errors import InputError
+
 OK, NO, BAD = 0, 1, 2
 SAME_BASE = "take different base model names for one model"
 
@@ -72,6 +74,29 @@ def opens(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def reads_recorded(sub: argparse.ArgumentParser) -> None:
+    """The options of a command that reads what was recorded beside a zoo."""
+    sub.add_argument(
+        "--calibration", type=Path, metavar="CAL", help="what 'mergeprobe-fast calibrate' wrote"
+    )
+    sub.add_argument(
+        "--domain", action="append", default=[], metavar="ADAPTER=DOMAIN", dest="domains",
+        help="of the calibration (default: the domain that the adapter's name begins with)",
+    )  # fmt: skip
+
+
+def fraction(text: str) -> float:
+    """``5%`` or ``0.05``."""
+    number = text.removesuffix("%")
+    try:
+        value = float(number) / (100 if number != text else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected 5% or 0.05, got {text!r}") from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, got {text!r}")
+    return value
+
+
 def open_zoo(paths: Sequence[Any], options: argparse.Namespace) -> Any:
     """The zoo of these paths; what was left out is said on stderr."""
     from mergeprobe_fast.zoo import open_zoo
@@ -81,3 +106,16 @@ def open_zoo(paths: Sequence[Any], options: argparse.Namespace) -> Any:
     for skipped in zoo.skipped:
         complain(f"left out: {skipped.reason}")
     return zoo
+
+
+def named_values(given: Sequence[str], option: str) -> dict[str, str]:
+    """``NAME=VALUE`` arguments as a dictionary; an adapter's name may have a = of its own."""
+    pairs = {}
+    for text in given:
+        name, equals, value = text.rpartition("=") if option == "--domain" else text.partition("=")
+        if not equals or not name or not value:
+            raise InputError(f"expected NAME=VALUE, got {text!r}", key=option)
+        if name in pairs:
+            raise InputError(f"{name} is given twice", key=option)
+        pairs[name] = value
+    return pairs

@@ -12,10 +12,12 @@ from mergeprobe_fast.commands._common import (
     OK,
     AddCommand,
     console,
+    named_values,
     open_zoo,
     opens,
     print_json,
     progress_of,
+    reads_recorded,
     writes,
 )
 from mergeprobe_fast.errors import InputError
@@ -41,13 +43,7 @@ def add(command: AddCommand) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="arguments",
         help="an argument of the method, say density=0.3",
     )  # fmt: skip
-    sub.add_argument(
-        "--calibration", type=Path, metavar="CAL", help="what 'mergeprobe-fast calibrate' wrote"
-    )
-    sub.add_argument(
-        "--domain", action="append", default=[], metavar="ADAPTER=DOMAIN", dest="domains",
-        help="of the calibration (default: the domain that the adapter's name begins with)",
-    )  # fmt: skip
+    reads_recorded(sub)
     sub.add_argument(
         "--dtype", metavar="T", help="float32, bfloat16 or float16 (default: as the inputs)"
     )
@@ -102,9 +98,10 @@ def _asked(options: argparse.Namespace) -> tuple[Sequence[Any], Path | None, dic
         "energy": options.energy,
         "dtype": dtype_name(options.dtype),
         "calibration": options.calibration,
-        "domains": _pairs(options.domains, "--domain") or None,
+        "domains": named_values(options.domains, "--domain") or None,
     }
-    arguments = {name: _value(text) for name, text in _pairs(options.arguments, "--set").items()}
+    given = named_values(options.arguments, "--set")
+    arguments = {name: _value(text) for name, text in given.items()}
     if options.config is None:
         if not options.adapters:
             raise InputError("none given; name adapters, or a --config", key="ADAPTER")
@@ -130,18 +127,6 @@ def _unmixed(arguments: dict[str, Any], options: dict[str, Any]) -> dict[str, An
                              key=name)  # fmt: skip
     check_arguments(options["method"], arguments)
     return arguments
-
-
-def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
-    pairs = {}
-    for text in given:
-        name, equals, value = text.rpartition("=") if option == "--domain" else text.partition("=")
-        if not equals or not name or not value:
-            raise InputError(f"expected NAME=VALUE, got {text!r}", key=option)
-        if name in pairs:
-            raise InputError(f"{name} is given twice", key=option)
-        pairs[name] = value
-    return pairs
 
 
 def _value(text: str) -> Any:

@@ -60,8 +60,9 @@ def select(
 ) -> Selection:
     """Declarations for "default", "all", or a list of names and of a caller's own declarations.
 
-    "default" and "all" take everything that can be computed from what was recorded. InputError for
-    a name that does not exist (the message lists those that do), or that needs what is missing.
+    "default" and "all" take everything that can be computed from what was recorded. A directed
+    feature brings its twin along. InputError for a name that does not exist (the message lists
+    those that do), or that needs what is missing.
     """
     if features in ("default", "all"):
         families = [f for f in FAMILIES if f.missing(recorded) is None]
@@ -79,6 +80,14 @@ def select(
         chosen.append(PAIR_FEATURES[f] if isinstance(f, str) else f)
     if len({f.name for f in chosen}) != len(chosen):
         raise InputError("a feature is named twice", key="features")
+    # One side of a directed feature is of little use alone: a matrix has both.
+    have = {f.name for f in chosen}
+    for f in list(chosen):
+        if f.directed_twin is not None and f.directed_twin not in have:
+            twin = PAIR_FEATURES.get(f.directed_twin)
+            if twin is not None:
+                chosen.insert(chosen.index(f) + 1, twin)
+                have.add(twin.name)
     columns = [f for f in chosen if isinstance(f, PairColumn)]
     families = [f for f in FAMILIES if any(c in f.pairs for c in columns)]
     on_tiles = [f for f in chosen if isinstance(f, Feature)]
