@@ -23,11 +23,22 @@ ON_TILES: tuple[Feature, ...] = (*weights.FEATURES, *subspace.FEATURES)
 PAIR_FEATURES: dict[str, Feature | PairColumn] = {
     f.name: f for f in (*ON_TILES, *(c for family in FAMILIES for c in family.pairs))
 }
+# What a report calls the features that belong together.
+GROUPS: dict[str, str] = {
+    f.name: title
+    for title, declared in (
+        ("Weights", weights.FEATURES),
+        ("Subspaces", subspace.FEATURES),
+        *((family.title, family.pairs) for family in FAMILIES),
+    )
+    for f in declared
+}
 ADAPTER_FEATURES: dict[str, AdapterFeature] = {f.name: f for f in SPECTRUM}
 
 __all__ = [
     "ADAPTER_FEATURES",
     "FAMILIES",
+    "GROUPS",
     "PAIR_FEATURES",
     "AdapterColumn",
     "AdapterFeature",

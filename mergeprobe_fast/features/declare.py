@@ -139,3 +139,4 @@ class Family:
     compute: Callable[[Zoo, Recorded, int], Any]
     pairs: tuple[PairColumn, ...] = ()
     adapters: tuple[AdapterColumn, ...] = ()
+    title: str = ""  # what a report calls its columns together

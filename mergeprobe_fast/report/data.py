@@ -27,6 +27,7 @@ class FeatureInfo:
     high: float | None = None
     null: float | None = None
     directed_twin: str | None = None
+    group: str = ""  # features of one group stand together
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,6 +57,7 @@ def payload(report: ScreenReport) -> dict[str, Any]:
                 "high": _number(f.high),
                 "null": _number(f.null),
                 "twin": f.directed_twin,
+                "group": f.group,
             }
             for f in report.features
         ],

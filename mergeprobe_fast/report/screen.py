@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import mergeprobe_fast
+from mergeprobe_fast.features import GROUPS
 from mergeprobe_fast.report.data import FeatureInfo, ScreenReport
 from mergeprobe_fast.report.html import write_html
 from mergeprobe_fast.screening import Screen
@@ -51,13 +52,17 @@ def screen_report(screen: Screen, command: str) -> ScreenReport:
     """What the terminal and the page are made from."""
     zoo = screen.zoo
     notes = [f"left out: {s.reason}" for s in zoo.skipped] + list(zoo.notes)
+    notes += screen.recorded.notes
     if screen.pairs.clipped:
         notes.append(f"{screen.pairs.clipped} values clipped to their range (rounding)")
     zero = [n for n, v in zip(zoo.names, screen.adapters["norm"], strict=True) if v == 0]
     if zero:
         notes.append(f"all-zero update (untrained?): {', '.join(zero[:5])}")
     features = [
-        FeatureInfo(f.name, f.title, f.definition, f.low, f.high, f.null, f.directed_twin)
+        FeatureInfo(
+            f.name, f.title, f.definition, f.low, f.high, f.null, f.directed_twin,
+            GROUPS.get(f.name, "Your own"),
+        )
         for f in screen.features
     ]
     return ScreenReport(
