@@ -1,4 +1,4 @@
-// With bind_tiles.cpp the only file that knows Python: checks shapes, releases the GIL, calls
+// With bind_*.cpp the only files that know Python: checks shapes, releases the GIL, calls
 // the kernels.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -19,6 +19,7 @@ using namespace mergeprobe;
 using namespace mergeprobe::bind;
 
 void bind_tiles(py::module_& m);  // bind_tiles.cpp
+void bind_sets(py::module_& m);   // bind_sets.cpp
 
 namespace {
 
@@ -115,12 +116,50 @@ struct Side {
   }
 };
 
+// Views of a pass: matrices of every block, view by view, and how many columns each has a module.
+struct PassViews {
+  std::vector<View> views;      // module by module
+  std::vector<int> of_epilogue;  // Epilogue::view of each
+  i64 count = 0;
+
+  PassViews(const py::object& given, const Side& one, const Side& two, i64 modules,
+            std::size_t epilogues, bool symmetric) {
+    if (given.is_none()) {
+      of_epilogue.assign(epilogues, 0);
+      return;
+    }
+    const auto [table1, table2, columns, chosen] =
+        given.cast<std::tuple<py::array, py::object, I64Array, std::vector<int>>>();
+    expect(columns.ndim() == 2 && columns.shape(1) == modules, "views",
+           "columns need one row per view and one value per module");
+    count = columns.shape(0);
+    const i64 n1 = one.bounds[modules], n2 = two.bounds[modules];
+    const Matrix* first = records<Matrix>(table1, "views");
+    expect(table1.size() == count * n1, "views", "one matrix per view and block");
+    const Matrix* second = first;
+    if (!symmetric) {
+      const py::array other = table2.cast<py::array>();
+      second = records<Matrix>(other, "views");
+      expect(other.size() == count * n2, "views", "one matrix per view and block of table2");
+    }
+    for (i64 l = 0; l < modules; l++)
+      for (i64 k = 0; k < count; k++) {
+        const i64 q = columns.data()[k * modules + l];
+        expect(q >= 0, "views", "negative number of columns");
+        views.push_back({first + k * n1 + one.bounds[l], second + k * n2 + two.bounds[l], q});
+      }
+    of_epilogue = chosen;
+    expect(of_epilogue.size() == epilogues, "views", "name one view per epilogue");
+    for (int view : of_epilogue) expect(view >= 0 && view <= count, "views", "no such view");
+  }
+};
+
 void py_gram_pass(const py::array& table1, const I64Array& bounds1, const F64Array& weights1,
                   const py::object& table2, const py::object& bounds2, const py::object& weights2,
                   const I64Array& p, const I64Array& q,
                   const std::vector<std::tuple<int, int, int>>& epilogues, F64Array& out,
                   const I64Array& out_bounds, bool fp64, int threads, const std::string& isa,
-                  i64 tile_rows) {
+                  i64 tile_rows, const py::object& views) {
   const i64 modules = p.size();
   expect(q.size() == modules, "q", "one value per module");
   const Side one(table1, bounds1, weights1, modules, "table1");
@@ -130,12 +169,13 @@ void py_gram_pass(const py::array& table1, const I64Array& bounds1, const F64Arr
   const F64Array w2 = symmetric ? weights1 : weights2.cast<F64Array>();
   const Side two(t2, b2, w2, modules, "table2");
   expect(one.n_weights == two.n_weights, "weights2", "as many weight vectors as weights1");
+  const PassViews others(views, one, two, modules, epilogues.size(), symmetric);
   std::vector<Epilogue> list;
   for (const auto& [product, row, column] : epilogues) {
     expect(product >= 0 && product <= 2, "epilogues", "unknown product");
     expect(row >= -1 && row < one.n_weights && column >= -1 && column < one.n_weights, "epilogues",
            "no such weight vector");
-    list.push_back({static_cast<Product>(product), row, column});
+    list.push_back({static_cast<Product>(product), row, column, others.of_epilogue[list.size()]});
   }
   expect(out.ndim() == 2 && out.shape(0) == static_cast<py::ssize_t>(list.size()), "out",
          "one row per epilogue");
@@ -165,6 +205,7 @@ void py_gram_pass(const py::array& table1, const I64Array& bounds1, const F64Arr
     g.weights2 = w2p.data() + l * n_w;
     g.out = targets.data() + l * n_e;
     g.out_stride = g.n2;
+    g.views = others.views.data() + l * others.count;
     expect(out_bounds.data()[l + 1] - out_bounds.data()[l] == g.n1 * g.n2, "out_bounds",
            "a module needs n1 * n2 entries");
   }
@@ -296,12 +337,16 @@ PYBIND11_MODULE(_core, m) {
         py::arg("weights2"), py::arg("p").noconvert(), py::arg("q").noconvert(),
         py::arg("epilogues"), py::arg("out").noconvert(), py::arg("out_bounds").noconvert(),
         py::arg("fp64"), py::arg("threads"), py::arg("isa"), py::arg("tile_rows"),
-        "P1 over many modules at once, several epilogues on the same tiles.");
+        py::arg("views") = py::none(),
+        "P1 over many modules at once, several epilogues on the same tiles. views: records of "
+        "views of table1 and of table2, columns per view and module, and the view each epilogue "
+        "reads (0: v itself).");
   m.def("canonicalise", &py_canonicalise, py::arg("segments"), py::arg("bounds").noconvert(),
         py::arg("jobs"), py::arg("sigma").noconvert(), py::arg("fp64_out"), py::arg("sigma_in_u"),
         py::arg("relative"), py::arg("noise"), py::arg("threads"), py::arg("isa"),
         "P3: singular values and vectors of s B A from the factors; results land in jobs.");
   bind_tiles(m);
+  bind_sets(m);
   m.def("read_files", &py_read_files, py::arg("paths"), py::arg("stamps").noconvert(),
         py::arg("bounds").noconvert(),
         py::arg("offsets").noconvert(), py::arg("nbytes").noconvert(),

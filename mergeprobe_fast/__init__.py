@@ -3,6 +3,7 @@
 >>> import mergeprobe_fast as mpf
 >>> zoo = mpf.open_zoo("examples/zoo")                      # reads headers only
 >>> pairs = mpf.pair_features(zoo)                          # one row per pair
+>>> mpf.set_features(zoo, size=3)                           # one row per set of three
 >>> mpf.merge(zoo, method="svd", rank=16).save("merged")    # PEFT loads it as it is
 
 Names are resolved on first use: importing the package imports neither torch nor any compiled code.
@@ -31,6 +32,7 @@ _WHERE = {
     "ops": "ops:",
     "pair_features": "screening",
     "record": "record:",
+    "set_features": "sets",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "ops",
     "pair_features",
     "record",
+    "set_features",
 ]
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from mergeprobe_fast.io.calibration import open_calibration
     from mergeprobe_fast.merging import MERGE_METHODS, merge, merge_into
     from mergeprobe_fast.screening import adapter_features, pair_features
+    from mergeprobe_fast.sets import set_features
     from mergeprobe_fast.zoo import Zoo, open_zoo
 
 

@@ -14,7 +14,8 @@ from mergeprobe_fast.zoo import Zoo
 if TYPE_CHECKING:
     from mergeprobe_fast.io.calibration import Calibration
     from mergeprobe_fast.io.points import Points
-    from mergeprobe_fast.io.probe import Probes, Snapshot
+    from mergeprobe_fast.io.probe import Snapshot
+    from mergeprobe_fast.probes import Probes
 
     Folder = str | os.PathLike[str]
 
@@ -64,11 +65,14 @@ def open_recorded(
             opened = open_calibration(opened)
         chosen = assign_domains(zoo.names, list(opened.domains), domains)
         points = open_points(opened.path) if has_points(opened.path) else None
+        without = [n for n in zoo.names if points and f"trained:{n}" not in points.points]
+        if without:
+            notes += (f"calibrated without a point of: {', '.join(without)}",)
         notes += tuple(f"calibration: {note}" for note in opened.notes)
     elif domains is not None:
         raise InputError("given without a calibration", key="domains")
     if probes is not None:
-        from mergeprobe_fast.io.probe import Probes, find_probes
+        from mergeprobe_fast.probes import Probes, find_probes
 
         runs = probes if isinstance(probes, Probes) else find_probes(probes)
         found = runs.match(zoo.names, at)

@@ -17,7 +17,7 @@ from mergeprobe_fast.zoo import Paths, Zoo, as_zoo, text
 
 if TYPE_CHECKING:
     from mergeprobe_fast.io.calibration import Calibration
-    from mergeprobe_fast.io.probe import Probes
+    from mergeprobe_fast.probes import Probes
 
     Folder = str | os.PathLike[str]
     Domains = Mapping[str, str] | Sequence[str]

@@ -112,3 +112,37 @@ def _twin(name: str, table: Mapping[str, Any]) -> str:
 
 class AdapterTable(Table):
     """One row per adapter: ``name``, what it is, and its spectrum's features."""
+
+
+class SetTable(Table):
+    """One row per set of adapters: ``members`` (names joined by "+"), ``size``, then features.
+
+    Attributes:
+        names: the adapters, in the zoo's order.
+        members: of each set, the indices of its adapters.
+    """
+
+    def __init__(
+        self, names: Sequence[str], members: np.ndarray, features: Mapping[str, Any],
+        per_member: Mapping[str, np.ndarray],
+    ) -> None:  # fmt: skip
+        self.names = list(names)
+        self.members = [tuple(int(i) for i in row if i >= 0) for row in members]
+        joined = np.empty(len(self.members), dtype=object)
+        joined[:] = ["+".join(self.names[i] for i in row) for row in self.members]
+        size = np.count_nonzero(members >= 0, axis=1)
+        super().__init__({"members": joined, "size": size, **features})
+        self._per_member = dict(per_member)
+
+    @property
+    def member_values(self) -> tuple[str, ...]:
+        """What :meth:`per_member` has."""
+        return tuple(self._per_member)
+
+    def per_member(self, name: str) -> np.ndarray:
+        """A value of every member, (sets, widest) in the order of ``members``; NaN beyond a set."""
+        try:
+            return self._per_member[name]
+        except KeyError:
+            known = ", ".join(self._per_member)
+            raise KeyError(f"no member value {name!r}; there are: {known}") from None

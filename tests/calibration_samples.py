@@ -92,6 +92,7 @@ def make_calibration(
                     writer.inputs(g, name, x.astype(np.float32))
                     writer.moment(g, name, moment)
                     made.samples[g, name], made.moments[g, name] = x, moment
+                writer.output_moment(g, name, np.ones(d_out))
                 if gradients:
                     y = stored(rng.standard_normal((t, d_out)) * 1e-6)
                     writer.gradients(g, name, y.astype(np.float32))

@@ -31,6 +31,9 @@ ALLOCATING = (
     "mergeprobe_fast.engine.chunks",
     "mergeprobe_fast.engine.passes",
     "mergeprobe_fast.engine.aggregate",
+    "mergeprobe_fast.engine.p1",
+    "mergeprobe_fast.engine.project",
+    "mergeprobe_fast.engine.totals",
 )
 
 

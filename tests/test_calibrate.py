@@ -179,7 +179,8 @@ def test_the_head_is_recorded_when_asked_for(tmp_path, llama, data):
 
 def test_tokens_are_drawn_evenly_and_once(tmp_path, llama, rng):
     """Each of 40 tokens comes up in 10 of 40 draws: within 5 sigma over 200 seeds."""
-    texts = Texts("math", "d", "", tuple(np.zeros(n, np.int64) for n in (11, 2, 30)), 0)
+    texts = Texts("math", "d", "", tuple(np.zeros(n, np.int64) for n in (11, 2, 30)), 0, "all",
+                  (1, 1, 1))  # fmt: skip
     counts = np.zeros((3, 30))
     for seed in rng.integers(0, 2**31, 200):
         sequence, position = draw_tokens(texts, 10, 1, int(seed))

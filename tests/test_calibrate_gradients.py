@@ -29,10 +29,10 @@ def sequences_of(data: dict[str, Path]) -> list[np.ndarray]:
 
 
 def loss_of(model: torch.nn.Module, ids: np.ndarray, labels: np.ndarray) -> torch.Tensor:
-    """Sum of -log p(label) over the tokens that have one, as the definition says."""
+    """Sum of -log p(label) over the tokens that have one (not -100), as the definition says."""
     logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0]
     p = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
-    return -sum(p[t, label].log() for t, label in enumerate(labels))
+    return -sum(p[t, label].log() for t, label in enumerate(labels) if label >= 0)
 
 
 def hooked_gradients(

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from tiny_bases import draw_sequences, load, make_base, write_ids
 
 from mergeprobe_fast import open_calibration
+from mergeprobe_fast.io.points import open_points
 
 PARTS = ("self_attn.q_proj", "mlp.up_proj")
 LAYERS = [f"model.layers.{i}.{part}" for i in (0, 2) for part in PARTS]
@@ -129,3 +130,34 @@ def test_a_calibration_that_is_none_is_refused(cli, made):
     ran = cli(*words, "--calibration", made / "cal")
     assert_refused(ran, "cannot tell the calibration domain of 'law'", "--domain law=DOMAIN")
     assert not (made / "x").exists()
+
+
+def test_calibrate_with_adapters(cli, made):
+    words = ("--gradients", "--labels", "both", "--outputs", "--adapters", made / "zoo")
+    ran = calibrate(cli, made, *words)
+    assert ran.code == 0 and ran.err == ""
+    for part in ("all tokens", "inputs, outputs, output gradients (labels: model and data)",
+                 "along 3 adapters, at the base on 2 domains and at 3 adapters: 15 texts",
+                 "merge --calibration: regmean, weighted_svd, osrm, fisher"):  # fmt: skip
+        assert part in " ".join(ran.out.split())
+    described = strict_json(
+        calibrate(cli, made, "--adapters", made / "zoo" / "math-a", made / "zoo" / "code",
+                  "--domain", "math-a=code", "--overwrite", "--json").out
+    )  # fmt: skip
+    assert described["points"] == ["base:math", "base:code", "trained:math-a", "trained:code"]
+    assert described["adapters"] == ["math-a", "code"] and described["labels"] == []
+    assert described["domains"]["math"]["loss"] == "all" and not described["outputs"]
+    assert open_points(made / "cal").points["trained:math-a"].domain == "code"
+
+
+def test_calibrate_with_what_is_no_zoo_is_refused(cli, made):
+    ran = calibrate(cli, made, "--adapters", made / "base")
+    assert_refused(ran, "base")
+    ran = calibrate(cli, made, "--adapters", made / "zoo", "--domain", "math-a")
+    assert_refused(ran, "--domain", "expected NAME=VALUE")
+    assert_refused(calibrate(cli, made, "--domain", "math-a=code"), "domains", "without adapters")
+    make_adapter(made / "zoo" / "math-c", SHAPES, base_model="other/base")
+    assert_refused(calibrate(cli, made, "--adapters", made / "zoo"), "base")
+    ran = calibrate(cli, made, "--adapters", made / "zoo", "--same-base")
+    assert ran.code == 0, ran.err
+    assert len(open_points(made / "cal").adapters) == 4

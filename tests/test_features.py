@@ -11,7 +11,7 @@ from adapters import make_adapter
 from tolerances import bound
 
 import mergeprobe_fast as mpf
-from mergeprobe_fast.features import PAIR_FEATURES, Feature
+from mergeprobe_fast.features import Feature, select
 
 MODULES = {
     "model.layers.0.self_attn.q_proj": (24, 20, 4),
@@ -384,4 +384,4 @@ def test_bounds_catch(rng, tmp_path, name):
 
 
 def test_every_feature_is_tested():
-    assert set(PAIR_FEATURES) == {*LOCAL, "shared_energy_a", "shared_energy_b"}
+    assert {f.name for f in select("default")} == {*LOCAL, "shared_energy_a", "shared_energy_b"}

@@ -49,6 +49,21 @@ def make_base(folder: Path, kind: str = "Llama", *, seed: int = 0, **config: Any
     return model
 
 
+def widened(model: Any) -> Any:
+    """A Llama in float64 throughout: its norms would go to float32 and back."""
+
+    def norm(module: Any) -> Any:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            size = x.square().mean(-1, keepdim=True) + module.variance_epsilon
+            return module.weight * (x * torch.rsqrt(size))
+        return forward
+
+    for module in model.double().modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = norm(module)
+    return model
+
+
 def save(model: Any, folder: Path) -> None:
     with quiet():
         model.save_pretrained(folder)

@@ -3,87 +3,17 @@
 #include <algorithm>
 #include <vector>
 
+#include "gram_plan.hpp"
 #include "mergeprobe/parallel.hpp"
 
 namespace mergeprobe {
 namespace {
 
+using namespace gram;
+
 // Two fp32 scratch tiles of 320 x 320 (0.8 MB) still live in a 1 MB L2. Measured at 96 to 384 rows on
 // Zen 5: 320 is best or within 2%, 192 costs 5 to 10%, 96 costs 20%.
 constexpr i64 kDefaultTileRows = 320;
-
-i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
-
-// Whole blocks, at most `limit` rows unless one block alone is larger.
-struct Tile {
-  i64 first_block, end_block, first_row, rows;
-};
-
-// One stack of blocks, its rows in order and its tiling.
-struct Stack {
-  const Block* blocks;
-  i64 n;
-  const double* const* weights;
-  std::vector<i64> row_of;  // n + 1
-  std::vector<RowRef> u, v;
-  std::vector<Tile> tiles;
-
-  Stack(const Block* b, i64 count, const double* const* w, i64 limit)
-      : blocks(b), n(count), weights(w), row_of(static_cast<std::size_t>(count) + 1, 0) {
-    for (i64 i = 0; i < n; i++) row_of[i + 1] = row_of[i] + b[i].rank;
-    u.reserve(rows());
-    v.reserve(rows());
-    for (i64 i = 0; i < n; i++)
-      for (i64 a = 0; a < b[i].rank; a++) {
-        u.push_back({at(b[i].u, a, 0), b[i].u.col_stride, b[i].u.dtype});
-        v.push_back({at(b[i].v, a, 0), b[i].v.col_stride, b[i].v.dtype});
-      }
-    // Tiles of equal size leave no thread with a small one while another has a large one.
-    i64 widest = 0;
-    for (i64 i = 0; i < n; i++) widest = std::max(widest, b[i].rank);
-    const i64 tiles_needed = (rows() + limit - 1) / limit;
-    const i64 even =
-        tiles_needed > 1 ? std::min(limit, rows() / tiles_needed + widest) : limit;
-    for (i64 i = 0; i < n;) {
-      i64 end = i + 1;
-      while (end < n && row_of[end + 1] - row_of[i] <= even) end++;
-      tiles.push_back({i, end, row_of[i], row_of[end] - row_of[i]});
-      i = end;
-    }
-  }
-  i64 rows() const { return row_of.back(); }
-  i64 largest_tile() const {
-    i64 most = 0;
-    for (const Tile& t : tiles) most = std::max(most, t.rows);
-    return most;
-  }
-};
-
-// Accumulators shared by epilogues: sums over a block's rows of weight * product.
-struct Channel {
-  Product product;
-  int weight;
-  bool operator==(const Channel& o) const { return product == o.product && weight == o.weight; }
-};
-
-struct Plan {
-  std::vector<Epilogue> epilogues;
-  std::vector<Channel> channels;
-  std::vector<int> forward, mirrored;  // per epilogue: its channel for (i,j) and for (j,i)
-
-  Plan(const Epilogue* e, int n) : epilogues(e, e + n) {
-    auto channel = [&](Product product, int weight) {
-      const Channel c{product, weight};
-      auto it = std::find(channels.begin(), channels.end(), c);
-      if (it == channels.end()) it = channels.insert(channels.end(), c);
-      return static_cast<int>(it - channels.begin());
-    };
-    for (const Epilogue& x : epilogues) {
-      forward.push_back(channel(x.product, x.row_weight));
-      mirrored.push_back(channel(x.product, x.column_weight));
-    }
-  }
-};
 
 template <class T>
 struct Scratch {
@@ -108,19 +38,23 @@ class Run {
       (std::max(r1, r2) <= limit ? small : large).push_back(modules + l);
     }
     // The largest first, so that no thread is left with one at the end.
-    std::stable_sort(small.begin(), small.end(), [](auto* a, auto* b) {
-      return (a->p + a->q) * (a->n1 + a->n2) > (b->p + b->q) * (b->n1 + b->n2);
-    });
+    auto cost = [&](const GramModule* g) {
+      i64 columns = g->p;
+      for (int view : plan_.views) columns += columns_of(*g, view);
+      return columns * (g->n1 + g->n2);
+    };
+    std::stable_sort(small.begin(), small.end(),
+                     [&](auto* a, auto* b) { return cost(a) > cost(b); });
     parallel_for(static_cast<i64>(small.size()), options_.threads, [&](i64 t, int w) {
       const GramModule& g = *small[t];
-      const Stack s1(g.blocks1, g.n1, g.weights1, limit);
+      const Stack s1(g, false, plan_.views, limit);
       if (!g.blocks2) return one_tile(g, s1, s1, scratch_[w]);
-      one_tile(g, s1, Stack(g.blocks2, g.n2, g.weights2, limit), scratch_[w]);
+      one_tile(g, s1, Stack(g, true, plan_.views, limit), scratch_[w]);
     });
     for (const GramModule* g : large) {
-      const Stack s1(g->blocks1, g->n1, g->weights1, limit);
+      const Stack s1(*g, false, plan_.views, limit);
       if (g->blocks2) {
-        many_tiles(*g, s1, Stack(g->blocks2, g->n2, g->weights2, limit));
+        many_tiles(*g, s1, Stack(*g, true, plan_.views, limit));
       } else {
         many_tiles(*g, s1, s1);
       }
@@ -175,9 +109,18 @@ class Run {
         gemm_.multiply(pa, np1, pb, np2, kc, c, ld, symmetric, k0 > 0);
       }
     };
-    product(s1.u, s2.u, g.p, s.m.data());
-    product(s1.v, s2.v, g.q, s.n.data());
-    finish(g, s1, t1, s2, t2, symmetric, ld, s);
+    const Pair pair{g, s1, t1, s2, t2, symmetric, ld};
+    if (plan_.reads_m) {
+      product(s1.u, s2.u, g.p, s.m.data());
+      complete(pair, g.p, s.m.data());
+    }
+    for (const Group& group : plan_.groups) {
+      if (group.reads_n) {
+        product(s1.v[group.view], s2.v[group.view], columns_of(g, group.view), s.n.data());
+        complete(pair, columns_of(g, group.view), s.n.data());
+      }
+      finish(pair, group, s);
+    }
   }
 
   void many_tiles(const GramModule& g, const Stack& s1, const Stack& s2) {
@@ -191,21 +134,31 @@ class Run {
     };
     const std::vector<i64> at1 = offsets(s1), at2 = symmetric ? at1 : offsets(s2);
     const i64 first = static_cast<i64>(s1.tiles.size()), second = static_cast<i64>(s2.tiles.size());
-    u1_.reserve(at1.back() * g.p);
-    v1_.reserve(at1.back() * g.q);
-    if (!symmetric) {
-      u2_.reserve(at2.back() * g.p);
-      v2_.reserve(at2.back() * g.q);
-    }
-    T* const u2 = symmetric ? u1_.data() : u2_.data();
-    T* const v2 = symmetric ? v1_.data() : v2_.data();
-    parallel_for(2 * (symmetric ? first : first + second), options_.threads, [&](i64 task, int) {
-      const i64 t = task / 2;
-      const bool one = t < first, u = task % 2 == 0;
+    // What is packed: u (depth p) and the v of every view in use, one after the other.
+    std::vector<i64> depth{plan_.reads_m ? g.p : 0}, from{0};
+    for (int view : plan_.views) depth.push_back(columns_of(g, view));
+    for (i64 d : depth) from.push_back(from.back() + d);
+    packed1_.reserve(at1.back() * from.back());
+    if (!symmetric) packed2_.reserve(at2.back() * from.back());
+    T* const two = symmetric ? packed1_.data() : packed2_.data();
+    // Where operand k of a tile lies.
+    auto first_of = [&](std::size_t k, i64 t) {
+      return packed1_.data() + at1.back() * from[k] + at1[t] * depth[k];
+    };
+    auto second_of = [&](std::size_t k, i64 t) {
+      return two + at2.back() * from[k] + at2[t] * depth[k];
+    };
+    const i64 operands = static_cast<i64>(depth.size());
+    parallel_for(operands * (symmetric ? first : first + second), options_.threads,
+                 [&](i64 task, int) {
+      const i64 t = task / operands;
+      const std::size_t k = static_cast<std::size_t>(task % operands);
+      const bool one = t < first;
       const Stack& s = one ? s1 : s2;
-      const i64 index = one ? t : t - first, depth = u ? g.p : g.q;
-      T* base = one ? (u ? u1_.data() : v1_.data()) : (u ? u2 : v2);
-      pack(u ? s.u : s.v, s.tiles[index], depth, base + (one ? at1 : at2)[index] * depth);
+      const i64 index = one ? t : t - first;
+      if (k == 0 && !plan_.reads_m) return;
+      pack(k == 0 ? s.u : s.v[plan_.views[k - 1]], s.tiles[index], depth[k],
+           one ? first_of(k, index) : second_of(k, index));
     });
     std::vector<std::pair<i64, i64>> pairs;
     for (i64 i = 0; i < first; i++)
@@ -214,7 +167,7 @@ class Run {
     for (i64 i = 0; symmetric && i < first; i++) pairs.emplace_back(i, i);
     const i64 tallest = round_up(s1.largest_tile(), W), widest = round_up(s2.largest_tile(), W);
     parallel_for(static_cast<i64>(pairs.size()), options_.threads, [&](i64 task, int w) {
-      const auto [i, j] = pairs[task];
+      const i64 i = pairs[task].first, j = pairs[task].second;
       const Tile &t1 = s1.tiles[i], &t2 = s2.tiles[j];
       const bool diagonal = symmetric && i == j;
       Scratch<T>& s = scratch_[w];
@@ -222,31 +175,50 @@ class Run {
       const i64 ld = widest + 64 / static_cast<i64>(sizeof(T));
       s.m.reserve(tallest * ld);
       s.n.reserve(tallest * ld);
-      gemm_.multiply(u1_.data() + at1[i] * g.p, panels(t1.rows), u2 + at2[j] * g.p,
-                     panels(t2.rows), g.p, s.m.data(), ld, diagonal, false);
-      gemm_.multiply(v1_.data() + at1[i] * g.q, panels(t1.rows), v2 + at2[j] * g.q,
-                     panels(t2.rows), g.q, s.n.data(), ld, diagonal, false);
-      finish(g, s1, t1, s2, t2, symmetric, ld, s);
+      auto product = [&](std::size_t k, T* c) {
+        gemm_.multiply(first_of(k, i), panels(t1.rows), second_of(k, j), panels(t2.rows), depth[k],
+                       c, ld, diagonal, false);
+      };
+      const Pair pair{g, s1, t1, s2, t2, symmetric, ld};
+      if (plan_.reads_m) {
+        product(0, s.m.data());
+        complete(pair, depth[0], s.m.data());
+      }
+      std::size_t k = 0;
+      for (const Group& group : plan_.groups) {
+        if (group.reads_n) {
+          k++;
+          product(k, s.n.data());
+          complete(pair, depth[k], s.n.data());
+        }
+        finish(pair, group, s);
+      }
     });
   }
 
-  static void mirror(T* c, i64 rows, i64 ld) {
-    for (i64 a = 0; a < rows; a++)
-      for (i64 b = 0; b < a; b++) c[a * ld + b] = c[b * ld + a];
+  // One tile of a module's Gram: blocks t1 of the first stack against t2 of the second.
+  struct Pair {
+    const GramModule& g;
+    const Stack& s1;
+    const Tile& t1;
+    const Stack& s2;
+    const Tile& t2;
+    bool symmetric;
+    i64 ld;
+    bool diagonal() const { return symmetric && t1.first_block == t2.first_block; }
+  };
+
+  // What `multiply` leaves out: the lower triangle, and everything where there are no columns.
+  static void complete(const Pair& x, i64 depth, T* c) {
+    if (depth == 0) std::fill_n(c, x.t1.rows * x.ld, T(0));
+    if (!x.diagonal()) return;
+    for (i64 a = 0; a < x.t1.rows; a++)
+      for (i64 b = 0; b < a; b++) c[a * x.ld + b] = c[b * x.ld + a];
   }
 
-  void finish(const GramModule& g, const Stack& s1, const Tile& t1, const Stack& s2,
-              const Tile& t2, bool symmetric, i64 ld, Scratch<T>& s) const {
-    const bool diagonal = symmetric && t1.first_block == t2.first_block;
-    if (g.p == 0) std::fill_n(s.m.data(), t1.rows * ld, T(0));
-    if (g.q == 0) std::fill_n(s.n.data(), t1.rows * ld, T(0));
-    if (diagonal) {
-      mirror(s.m.data(), t1.rows, ld);
-      mirror(s.n.data(), t1.rows, ld);
-    }
-    if (options_.reduce == Reduce::both) return blocks(g, s1, t1, s2, t2, symmetric, ld, s);
-    for (std::size_t e = 0; e < plan_.epilogues.size(); e++)
-      rows(g, static_cast<int>(e), s1, t1, s2, t2, symmetric && !diagonal, ld, s);
+  void finish(const Pair& x, const Group& group, Scratch<T>& s) const {
+    if (options_.reduce == Reduce::both) return blocks(x, group, s);
+    for (int e : group.epilogues) rows(x, e, s);
   }
 
   static double weight(const Stack& s, int index, i64 row) {
@@ -254,19 +226,22 @@ class Run {
   }
 
   // Row sums of each block first (vectorised), then the weighted sum over each block of columns.
-  void blocks(const GramModule& g, const Stack& s1, const Tile& t1, const Stack& s2,
-              const Tile& t2, bool symmetric, i64 ld, Scratch<T>& s) const {
+  void blocks(const Pair& pair, const Group& group, Scratch<T>& s) const {
+    const GramModule& g = pair.g;
+    const Stack &s1 = pair.s1, &s2 = pair.s2;
+    const Tile &t1 = pair.t1, &t2 = pair.t2;
+    const i64 ld = pair.ld;
     const i64 columns = round_up(t2.rows, gemm_.lanes);
-    const i64 n_channels = static_cast<i64>(plan_.channels.size());
+    const i64 n_channels = static_cast<i64>(group.channels.size());
     s.sums.reserve(columns * n_channels);
     s.weight.reserve(t1.rows);
-    const bool diagonal = symmetric && t1.first_block == t2.first_block;
+    const bool diagonal = pair.diagonal();
     for (i64 i = t1.first_block; i < t1.end_block; i++) {
       const i64 a0 = s1.row_of[i], rank = s1.blocks[i].rank;
       if (rank == 0) continue;
       const i64 offset = (a0 - t1.first_row) * ld;
       for (i64 c = 0; c < n_channels; c++) {
-        const Channel& channel = plan_.channels[c];
+        const Channel& channel = group.channels[c];
         for (i64 a = 0; a < rank; a++)
           s.weight[a] = static_cast<T>(weight(s1, channel.weight, a0 + a));
         gemm_.reduce_rows(channel.product, s.m.data() + offset, s.n.data() + offset, ld, rank,
@@ -274,7 +249,8 @@ class Run {
       }
       for (i64 j = diagonal ? i : t2.first_block; j < t2.end_block; j++) {
         const i64 b0 = s2.row_of[j], width = s2.blocks[j].rank;
-        for (std::size_t e = 0; e < plan_.epilogues.size(); e++) {
+        for (std::size_t k = 0; k < group.epilogues.size(); k++) {
+          const int e = group.epilogues[k];
           const Epilogue& x = plan_.epilogues[e];
           auto total = [&](int channel, int column_weight) {
             const T* sum = s.sums.data() + channel * columns + (b0 - t2.first_row);
@@ -283,20 +259,24 @@ class Run {
               value += weight(s2, column_weight, b0 + b) * static_cast<double>(sum[b]);
             return value;
           };
-          const double value = total(plan_.forward[e], x.column_weight);
+          const double value = total(group.forward[k], x.column_weight);
           g.out[e][i * g.out_stride + j] = value;
-          if (symmetric && i != j)
+          if (pair.symmetric && i != j)
             g.out[e][j * g.out_stride + i] = x.row_weight == x.column_weight
                                                  ? value
-                                                 : total(plan_.mirrored[e], x.row_weight);
+                                                 : total(group.mirrored[k], x.row_weight);
         }
       }
     }
   }
 
   // reduce = columns or none: one output row per stacked row.
-  void rows(const GramModule& g, int e, const Stack& s1, const Tile& t1, const Stack& s2,
-            const Tile& t2, bool mirrored, i64 ld, const Scratch<T>& s) const {
+  void rows(const Pair& pair, int e, const Scratch<T>& s) const {
+    const GramModule& g = pair.g;
+    const Stack &s1 = pair.s1, &s2 = pair.s2;
+    const Tile &t1 = pair.t1, &t2 = pair.t2;
+    const i64 ld = pair.ld;
+    const bool mirrored = pair.symmetric && !pair.diagonal();
     const Epilogue& x = plan_.epilogues[e];
     const T* m = x.product == Product::vv ? s.n.data() : s.m.data();
     const T* n = x.product == Product::uu ? s.m.data() : s.n.data();
@@ -338,7 +318,7 @@ class Run {
   const GramOptions& options_;
   const GemmKernels<T>& gemm_;
   std::vector<Scratch<T>> scratch_;
-  Buffer<T> u1_, v1_, u2_, v2_;
+  Buffer<T> packed1_, packed2_;
 };
 
 }  // namespace

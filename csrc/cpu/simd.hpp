@@ -44,8 +44,16 @@ struct Lanes {
       for (int i = 0; i < count; i++) a.lane[i] += b.lane[i];
       return a;
     }
+    friend vec operator-(vec a, const vec& b) {
+      for (int i = 0; i < count; i++) a.lane[i] -= b.lane[i];
+      return a;
+    }
     friend vec operator*(vec a, const vec& b) {
       for (int i = 0; i < count; i++) a.lane[i] *= b.lane[i];
+      return a;
+    }
+    friend vec operator/(vec a, const vec& b) {
+      for (int i = 0; i < count; i++) a.lane[i] /= b.lane[i];
       return a;
     }
   };

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from mergeprobe_fast.commands._common import (
     OK,
+    SAME_BASE,
     AddCommand,
     console,
+    named_values,
     print_json,
     progress_of,
     writes,
@@ -47,9 +49,19 @@ def add(command: AddCommand) -> None:
         help="output gradients too, which 'fisher' needs; loads the whole model",
     )  # fmt: skip
     sub.add_argument(
-        "--labels", choices=("model", "data"), default="model",
-        help="of the gradients: drawn from the model (default), or the text itself",
+        "--labels", choices=("model", "data", "both"), default="model",
+        help="of the gradients: drawn from the model (default), the text itself, or both",
     )  # fmt: skip
+    sub.add_argument("--outputs", action="store_true", help="keep outputs at the samples too")
+    sub.add_argument(
+        "--adapters", nargs="+", type=Path, metavar="ZOO",
+        help="measure what each does to the loss at the others, on its own domain's texts",
+    )  # fmt: skip
+    sub.add_argument(
+        "--domain", action="append", default=[], metavar="ADAPTER=DOMAIN", dest="domains",
+        help="of an adapter (default: the domain that its name begins with)",
+    )  # fmt: skip
+    sub.add_argument("--same-base", action="store_true", help=SAME_BASE)
     sub.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="to compute in (default float32)",
@@ -60,13 +72,17 @@ def add(command: AddCommand) -> None:
 def run(options: argparse.Namespace) -> int:
     from mergeprobe_fast.record import data_arguments, plan_calibration
     from mergeprobe_fast.report.calibrate import describe_calibration, print_calibration, print_plan
+    from mergeprobe_fast.zoo import open_zoo
 
     started = time.perf_counter()
+    zoo = options.adapters and open_zoo(options.adapters, same_base=options.same_base)
     shown = None if options.json else console()
     plan = plan_calibration(
         options.base, data_arguments(options.data), samples=options.samples,
         max_sequences=options.max_sequences, max_length=options.max_length, seed=options.seed,
         skip_first=options.skip_first, gradients=options.gradients, labels=options.labels,
+        outputs=options.outputs, adapters=zoo,
+        domains=named_values(options.domains, "--domain") or None,
         modules=options.modules, dtype=options.dtype, threads=options.threads,
     )  # fmt: skip
     plan.check_out(options.out, overwrite=options.overwrite)

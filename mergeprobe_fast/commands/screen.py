@@ -89,7 +89,7 @@ def _opened(options: argparse.Namespace) -> tuple[Any, Any]:
     """The probes, if any, and the zoo: the one that is named, or the adapters in the probes."""
     probes = None
     if options.probes is not None:
-        from mergeprobe_fast.io.probe import find_probes
+        from mergeprobe_fast.probes import find_probes
 
         probes = find_probes(options.probes)
     if options.zoo:

@@ -6,6 +6,7 @@ import numpy as np
 
 from mergeprobe_fast.features.declare import DOT, Feature, Need, Sums, ratio
 
+_LARGEST = np.finfo(np.float32).max
 AGGREGATES = ("mean", "max", "min", "p10", "p90")
 
 
@@ -48,7 +49,8 @@ class PairBlock:
             value = np.asarray(feature.finish(sums), np.float64)
             if feature.bounded is not None:
                 value = np.clip(value, *feature.bounded)
-            self.values[k, module] = value
+            # Ratios of updates of absurd sizes leave float32.
+            self.values[k, module] = np.clip(value, -_LARGEST, _LARGEST)
             valid = ~np.isnan(value)
             self.weighted[0, k] += np.where(valid, weight * value, 0.0)
             self.weighted[1, k] += np.where(valid, weight, 0.0)
@@ -112,7 +114,9 @@ def _zero_sums(pairs: int, needs: list[Need]) -> Sums:
     def zeros() -> np.ndarray:
         return np.zeros(pairs)
 
+    tiles = [n for n in needs if n.view == "weights"]
     return Sums(
-        {n: zeros() for n in needs}, {n: zeros() for n in needs},
-        *(zeros() for _ in range(9)),
+        {n: zeros() for n in tiles}, {n: zeros() for n in tiles},
+        *(zeros() for _ in range(11)),
+        {n: np.zeros((6, pairs)) for n in needs if n.view != "weights"},
     )  # fmt: skip

@@ -31,10 +31,12 @@ class Chunk:
     canonical_floats: int
 
 
-def plan_chunks(zoo: Zoo, adapters: np.ndarray, limit: int) -> list[Chunk]:
+def plan_chunks(
+    zoo: Zoo, adapters: np.ndarray, limit: int, extra: np.ndarray | None = None
+) -> list[Chunk]:  # fmt: skip
     """Consecutive modules whose factors of ``adapters`` take at most ``limit`` bytes in memory.
 
-    A single module that is larger is a chunk of its own.
+    A single module that is larger is a chunk of its own. ``extra``: other bytes, per module.
     """
     table = zoo.table
     wanted = np.zeros(len(zoo), bool)
@@ -52,6 +54,7 @@ def plan_chunks(zoo: Zoo, adapters: np.ndarray, limit: int) -> list[Chunk]:
         while last < len(zoo.modules):
             part = slice(bounds[last], bounds[last + 1])
             more = int(raw[part].sum() + 4 * floats[part].sum())
+            more += 0 if extra is None else int(extra[last])
             if last > first and used + more > limit:
                 break
             used += more

@@ -17,7 +17,8 @@ from mergeprobe_fast import _env
 from mergeprobe_fast.engine.aggregate import PairBlock
 from mergeprobe_fast.engine.chunks import CanonicalFactors, plan_chunks, read_ahead
 from mergeprobe_fast.engine.grams import ChunkGrams
-from mergeprobe_fast.features.declare import DOT, Feature, Need
+from mergeprobe_fast.engine.samples import Samples
+from mergeprobe_fast.features.declare import DOT, Feature
 from mergeprobe_fast.recorded import NOTHING, Recorded
 from mergeprobe_fast.zoo import Zoo, short_labels
 
@@ -69,7 +70,8 @@ def run(
     :func:`steps`.
 
     Raises:
-        InputError: a file that changed, or a factor that is not finite; names file and key.
+        InputError: a file that changed, a factor that is not finite, a module that the calibration
+            lacks; names file and key.
     """
     threads = _env.threads_or_default(threads)
     features = list(features)
@@ -86,7 +88,7 @@ def run(
                 first, first if second is first else second, features, needs,
                 len(zoo.modules), len(layers) if profile else 0,
             )  # fmt: skip
-            _fill(part, zoo, needs, layers, spectra, threads, progress)
+            _fill(part, zoo, recorded, layers, spectra, threads, progress)
             columns = part.columns()
             clipped += part.clipped
             finished.append(
@@ -122,6 +124,20 @@ def _super_blocks(zoo: Zoo, features: list[Feature]) -> list[np.ndarray]:
     return np.array_split(np.arange(len(zoo)), count)
 
 
+def _on_domains_bytes(part: PairBlock, zoo: Zoo, samples: Samples) -> np.ndarray:
+    """What sums on domains take beside each module's factors: views, and results of pairs."""
+    kinds = {(n.product, n.view) for n in part.needs if n.view != "weights"}
+    members = np.zeros(len(zoo), bool)
+    members[part.first], members[part.second] = True, True
+    entries = zoo.table.entries[members[zoo.table.entries["adapter"]]]
+    sizes = np.array([m.d_out + m.d_in for m in zoo.modules], np.int64)
+    ranks = np.bincount(entries["module"], entries["rank"], len(zoo.modules)).astype(np.int64)
+    count = np.bincount(entries["module"], minlength=len(zoo.modules))
+    columns, copies = int(samples.counts.sum()), len(kinds & {("hsic", "inputs"), ("uv", "kfac")})
+    views = 4 * ranks * (2 * sizes + (1 + copies) * columns) + 8 * count * columns
+    return views + 8 * len(kinds) * len(samples.domains) * np.square(count)
+
+
 class _Spectra:
     """Singular values of every entry, filled in as chunks come by."""
 
@@ -132,14 +148,18 @@ class _Spectra:
 
 
 def _fill(
-    part: PairBlock, zoo: Zoo, needs: list[Need], layers: list[str], spectra: _Spectra,
+    part: PairBlock, zoo: Zoo, recorded: Recorded, layers: list[str], spectra: _Spectra,
     threads: int, progress: Callable[[int], None] | None,
 ) -> None:  # fmt: skip
     """One pass over all modules: while a chunk goes through the kernels, the next one is read and
     the last one's sums are accounted for. (To canonicalise ahead as well was 3% slower on 2 cores.)
     """
     members = part.first if part.symmetric else np.concatenate([part.first, part.second])
-    chunks = plan_chunks(zoo, members, CHUNK_BYTES)
+    on, extra = None, None
+    if any(n.view != "weights" for n in part.needs):
+        on = Samples.of_adapters(zoo, recorded, members)
+        extra = _on_domains_bytes(part, zoo, on[0])
+    chunks = plan_chunks(zoo, members, CHUNK_BYTES, extra)
     canonical = CanonicalFactors(max((c.canonical_floats for c in chunks), default=0))
     layer_of = [layers.index(m.layer) for m in zoo.modules]
     done = 0
@@ -155,7 +175,9 @@ def _fill(
             rows = raw.chunk.rows
             spectra.sigma[rows, : form.sigma.shape[1]] = form.sigma
             spectra.rank[rows] = form.rank
-            grams = ChunkGrams(part.first, part.second, (part.i, part.j), needs, raw, form, threads)
+            grams = ChunkGrams(
+                part.first, part.second, (part.i, part.j), part.needs, raw, form, threads, on
+            )
             if accounted:
                 accounted.result()
             accounted = pool.submit(account, grams)

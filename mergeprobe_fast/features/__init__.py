@@ -6,7 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.features import subspace, weights
+from mergeprobe_fast.features import (
+    disturbance,
+    drift,
+    gradients,
+    points,
+    probes,
+    subspace,
+    weights,
+)
 from mergeprobe_fast.features.declare import (
     AdapterColumn,
     Family,
@@ -18,8 +26,13 @@ from mergeprobe_fast.features.declare import (
 from mergeprobe_fast.features.spectrum import SPECTRUM, AdapterFeature
 from mergeprobe_fast.recorded import NOTHING, Recorded
 
-FAMILIES: tuple[Family, ...] = ()
-ON_TILES: tuple[Feature, ...] = (*weights.FEATURES, *subspace.FEATURES)
+ON_TILES: tuple[Feature, ...] = (
+    *weights.FEATURES, *subspace.FEATURES, *disturbance.FEATURES,
+)  # fmt: skip
+FAMILIES: tuple[Family, ...] = (
+    drift.FAMILY, drift.OUTPUT_FAMILY, gradients.FAMILY, gradients.FISHER_FAMILY, points.FAMILY,
+    probes.FAMILY,
+)  # fmt: skip
 PAIR_FEATURES: dict[str, Feature | PairColumn] = {
     f.name: f for f in (*ON_TILES, *(c for family in FAMILIES for c in family.pairs))
 }
@@ -29,6 +42,7 @@ GROUPS: dict[str, str] = {
     for title, declared in (
         ("Weights", weights.FEATURES),
         ("Subspaces", subspace.FEATURES),
+        ("Disturbance of activations", disturbance.FEATURES),
         *((family.title, family.pairs) for family in FAMILIES),
     )
     for f in declared
@@ -71,14 +85,19 @@ def select(
 ) -> Selection:
     """Declarations for "default", "all", or a list of names and of a caller's own declarations.
 
-    "default" and "all" take everything that can be computed from what was recorded. A directed
+    "all" takes everything that can be computed from what was recorded, "default" all but what
+    costs much and says little. A directed
     feature brings its twin along. InputError for a name that does not exist (the message lists
     those that do), or that needs what is missing.
     """
     if features in ("default", "all"):
         families = [f for f in FAMILIES if f.missing(recorded) is None]
         return Selection(
-            [f for f in ON_TILES if f.missing(recorded) is None], families,
+            [
+                f for f in ON_TILES
+                if f.missing(recorded) is None and (f.by_default or features == "all")
+            ],
+            families,
             [c for f in families for c in f.pairs],
         )  # fmt: skip
     if isinstance(features, str):

@@ -7,11 +7,17 @@ without replacement from the domain, the same ones for every module:
     ``sequence``, ``position``        I32 (T,), where each of them stands in the data
     ``input.<key>``                   BF16 (T, d_in), inputs of the modules that have this key
     ``moment.<key>``                  F64 (d_in,), mean of x^2 over all tokens, not only these
+    ``output_moment.<module>``        F64 (d_out,), mean of the squared output over all tokens
+    ``output.<module>``               BF16 (T, d_out), outputs of the module, if recorded
     ``gradient.<module>``             BF16 (T, d_out), dLoss/d(module output), if recorded
     ``gradient_moment.<module>``      F64 (d_out,), mean of its square over all tokens
+    ``gradient_data.<module>``, ``gradient_data_moment.<module>``, the same of the data's labels
+        where there are both: then those above are of labels drawn from the model
+``points.json``, ``points.safetensors``, if adapters were given (``io.points`` has them).
 
 Modules that are fed the very same tensor (q, k and v; gate and up) share one key, the name of the
-first of them. BF16 has the exponents of float32, so that small gradients keep their 8 bits.
+first of them. BF16 has the exponents of float32, so that small gradients keep their 8 bits. Files
+of version 1, which have no output moments and one kind of labels, are read too.
 """
 
 from __future__ import annotations
@@ -49,6 +55,11 @@ def is_calibration(folder: str | os.PathLike[str]) -> bool:
     return os.path.isfile(os.path.join(folder, CALIBRATION_NAME))
 
 
+def gradient_stem(info: CalibrationInfo, labels: str) -> str:
+    """What the keys of gradients of a kind of labels begin with."""
+    return "gradient_data" if (info.labels, labels) == ("both", "data") else "gradient"
+
+
 def declared_tensors(
     info: CalibrationInfo, domain: Domain
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -61,9 +72,14 @@ def declared_tensors(
         if module.input == name:
             declared[f"input.{name}"] = "BF16", (rows, module.d_in)
             declared[f"moment.{name}"] = "F64", (module.d_in,)
-        if info.labels is not None:
-            declared[f"gradient.{name}"] = "BF16", (rows, module.d_out)
-            declared[f"gradient_moment.{name}"] = "F64", (module.d_out,)
+        if info.output_moments:
+            declared[f"output_moment.{name}"] = "F64", (module.d_out,)
+        if info.outputs:
+            declared[f"output.{name}"] = "BF16", (rows, module.d_out)
+        for kind in info.label_kinds:
+            stem = gradient_stem(info, kind)
+            declared[f"{stem}.{name}"] = "BF16", (rows, module.d_out)
+            declared[f"{stem}_moment.{name}"] = "F64", (module.d_out,)
     return declared
 
 
@@ -101,8 +117,23 @@ class Calibration:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether output gradients were recorded too."""
+        """Whether output gradients were recorded."""
         return self.info.labels is not None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that gradients were recorded of: "model", "data", both or none."""
+        return self.info.label_kinds
+
+    @property
+    def has_output_moments(self) -> bool:
+        """Whether mean squares of outputs are there: not in files of version 1."""
+        return self.info.output_moments
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether outputs were kept at the sampled tokens."""
+        return self.info.outputs
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -125,17 +156,35 @@ class Calibration:
         """Mean of the squared inputs over all tokens of the domain, float64 (d_in,)."""
         return self._read(domain, f"moment.{self.input_key(module)}")
 
-    def gradients(self, domain: str, module: str) -> np.ndarray:
+    def output_moment(self, domain: str, module: str) -> np.ndarray:
+        """Mean of the squared outputs (with bias) over all tokens of the domain, float64 (d_out,).
+
+        Of the base model's module. Files of version 1 have none: ``InputError``.
+        """
+        if not self.has_output_moments:
+            raise InputError("was recorded without output moments: calibrate anew", path=self.path)
+        return self._read(domain, f"output_moment.{self._module(module).name}")
+
+    def outputs(self, domain: str, module: str) -> np.ndarray:
+        """The outputs of the base model's module at the sampled tokens, float32 (T, d_out)."""
+        if not self.has_outputs:
+            raise InputError("was recorded without outputs: calibrate --outputs", path=self.path)
+        return self._read(domain, f"output.{self._module(module).name}")
+
+    def gradients(self, domain: str, module: str, labels: str | None = None) -> np.ndarray:
         """dLoss/d(output of the module) at the sampled tokens, float32 (T, d_out).
 
-        The loss is the sum of -log p(label) over the tokens of the sequence, in nats;
-        ``info.labels`` says whether labels were drawn from the model (its Fisher) or the data's.
+        The loss is the sum of -log p(label) over the tokens of the sequence that have a label
+        (``Domain.loss``), in nats. ``labels``: "model", drawn from the model itself (its Fisher),
+        or "data", the text's own; None: the ones that there are, the model's of both.
         """
-        return self._read(domain, f"gradient.{self._with_gradients(module)}")
+        stem = self._gradients_of(labels)
+        return self._read(domain, f"{stem}.{self._module(module).name}")
 
-    def gradient_moment(self, domain: str, module: str) -> np.ndarray:
+    def gradient_moment(self, domain: str, module: str, labels: str | None = None) -> np.ndarray:
         """Mean of the squared output gradients over all tokens of the domain, float64 (d_out,)."""
-        return self._read(domain, f"gradient_moment.{self._with_gradients(module)}")
+        stem = self._gradients_of(labels)
+        return self._read(domain, f"{stem}_moment.{self._module(module).name}")
 
     def sampled_tokens(self, domain: str) -> tuple[np.ndarray, np.ndarray]:
         """Sequence number and position of each sampled token, int32 (T,) each, both from 0.
@@ -157,10 +206,14 @@ class Calibration:
         except KeyError:
             raise InputError("has no such module", path=self.path, key=module) from None
 
-    def _with_gradients(self, module: str) -> str:
+    def _gradients_of(self, labels: str | None) -> str:
         if not self.has_gradients:
             raise InputError("was recorded without gradients", path=self.path)
-        return self._module(module).name
+        labels = self.labels[0] if labels is None else labels
+        if labels not in self.labels:
+            reason = f"has no gradients of labels {labels!r}, only {', '.join(self.labels)}"
+            raise InputError(reason, path=self.path)
+        return gradient_stem(self.info, labels)
 
     def _domain(self, domain: str) -> Domain:
         try:

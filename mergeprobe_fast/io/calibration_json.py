@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .json_fields import (
+    Check,
+    count,
+    fields,
+    flag,
+    hexadecimal,
+    many,
+    named,
+    natural,
+    nullable,
+    text,
+)
 from .strict_json import Bad, printable
 
 CALIBRATION_NAME = "calibration.json"
-FORMAT, VERSION = "mergeprobe-calibration", 1
-LABELS = ("model", "data")
-_LIMIT = 2**31 - 1  # sizes and counts: positions are stored as 32-bit integers
+FORMAT, VERSION = "mergeprobe-calibration", 2
+LABELS = ("model", "data", "both")
+LOSSES = ("all", "completion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +38,7 @@ class Domain:
     tokens: int  # over which means were taken: all but the first ``skip_first`` of each sequence
     samples: int  # T, the rows of every sample tensor
     files: tuple[str, ...]  # in which its tensors lie
+    loss: str = "all"  # over every token, or "completion": only those of the completions
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +64,23 @@ class CalibrationInfo:
     samples: int  # asked for; a domain may have fewer tokens
     max_length: int  # tokens after which a sequence was cut
     skip_first: int  # tokens at the start of each sequence that are neither sampled nor averaged
-    labels: str | None = None  # "model" or "data": of the loss behind the gradients; None: none
+    labels: str | None = None  # of the loss behind the gradients, one of LABELS; None: none
     point: str = "base"
     notes: tuple[str, ...] = ()
+    outputs: bool = False  # whether outputs were kept at the sampled tokens
+    version: int = VERSION
+
+    @property
+    def output_moments(self) -> bool:
+        """Whether there are mean squares of outputs: not in files of version 1."""
+        return self.version > 1
+
+    @property
+    def label_kinds(self) -> tuple[str, ...]:
+        """The labels that there are gradients of: none, one, or both of "model" and "data"."""
+        if self.labels is None:
+            return ()
+        return ("model", "data") if self.labels == "both" else (self.labels,)
 
 
 def is_domain_name(name: str) -> bool:
@@ -63,9 +90,10 @@ def is_domain_name(name: str) -> bool:
 
 def to_json(info: CalibrationInfo) -> dict[str, Any]:
     """The object to write; ``parse`` gives ``info`` back."""
+    first = info.version == 1
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": info.version,
         "base_model": {
             "name": info.base_model,
             "path": info.base_path,
@@ -77,10 +105,12 @@ def to_json(info: CalibrationInfo) -> dict[str, Any]:
         "max_length": info.max_length,
         "skip_first": info.skip_first,
         "labels": info.labels,
+        **({} if first else {"outputs": info.outputs}),
         "domains": {
             d.name: {
                 "source": d.source, "sha256": d.sha256, "sequences": d.sequences,
-                "tokens": d.tokens, "samples": d.samples, "files": list(d.files),
+                "tokens": d.tokens, "samples": d.samples, **({} if first else {"loss": d.loss}),
+                "files": list(d.files),
             }
             for d in info.domains.values()
         },
@@ -96,20 +126,20 @@ def parse(value: dict[str, Any]) -> CalibrationInfo:
     """Check every field; raises ``Bad`` with the field's path as key."""
     if value.get("format") != FORMAT:
         raise Bad(f"is not {FORMAT!r}: this is no calibration", "format")
-    if type(value.get("version")) is not int or value["version"] != VERSION:
-        raise Bad(f"is {value.get('version')!r}, this program reads {VERSION}"[:200], "version")
-    fields = _fields(
-        value, "", format=_text, version=_count, base_model=_object, point=_point, seed=_natural,
-        samples=_count, max_length=_count, skip_first=_natural, labels=_labels, domains=_named,
-        modules=_named, notes=_texts,
+    version = value.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise Bad(f"is {version!r}, this program reads 1 to {VERSION}"[:200], "version")
+    checked = fields(
+        value, "", format=text, version=count, base_model=_base_model, point=_one_of(("base",)),
+        seed=natural, samples=count, max_length=count, skip_first=natural,
+        labels=_LABELS_IN[version], domains=_not_empty, modules=_not_empty, notes=many(text),
+        **_since_2(version, outputs=flag),
     )  # fmt: skip
-    base = _fields(
-        fields["base_model"], "base_model.", name=_text, path=_text_or_null, config_sha256=_sha256
-    )
-    domains = {name: _domain(name, item) for name, item in fields["domains"].items()}
-    modules = {name: _module(name, item) for name, item in fields["modules"].items()}
+    base = checked["base_model"]
+    domains = {name: _domain(name, item, version) for name, item in checked["domains"].items()}
+    modules = {name: _module(name, item) for name, item in checked["modules"].items()}
     for name, domain in domains.items():
-        if not domain.samples == min(domain.tokens, fields["samples"]):
+        if not domain.samples == min(domain.tokens, checked["samples"]):
             raise Bad("is not the smaller of tokens and samples", f"domains.{name}.samples")
     files = [file.casefold() for domain in domains.values() for file in domain.files]
     if len(set(files)) != len(files):
@@ -118,109 +148,60 @@ def parse(value: dict[str, Any]) -> CalibrationInfo:
         owner = modules.get(module.input)
         if owner is None or owner.input != module.input or owner.d_in != module.d_in:
             raise Bad("is not a module with that input", f"modules.{name}.input")
+    kept = ("seed", "samples", "max_length", "skip_first", "labels", "point", "notes")
     return CalibrationInfo(
         base["name"], base["path"], base["config_sha256"], domains, modules,
-        labels=fields["labels"], point=fields["point"], notes=fields["notes"],
-        **{key: fields[key] for key in ("seed", "samples", "max_length", "skip_first")},
+        outputs=checked.get("outputs", False), version=version, **{k: checked[k] for k in kept},
     )  # fmt: skip
 
 
-def _domain(name: str, value: Any) -> Domain:
+def _base_model(value: Any, where: str) -> dict[str, Any]:
+    return fields(value, where, name=text, path=nullable(text), config_sha256=hexadecimal(64))
+
+
+def _domain(name: str, value: Any, version: int) -> Domain:
     if not is_domain_name(name):
         raise Bad("is no name for a domain", f"domains.{name}")
-    where = f"domains.{name}."
-    fields = _fields(
-        _object(value, where[:-1]), where, source=_text, sha256=_sha256, sequences=_count,
-        tokens=_count, samples=_count, files=_files,
+    checked = fields(
+        value, f"domains.{name}", source=text, sha256=hexadecimal(64), sequences=count,
+        tokens=count, samples=count, files=_files, **_since_2(version, loss=_one_of(LOSSES)),
     )  # fmt: skip
-    return Domain(name, **fields)
+    return Domain(name, **checked)
 
 
 def _module(name: str, value: Any) -> CalibratedModule:
-    where = f"modules.{name}."
+    where = f"modules.{name}"
     if not name or name != name.strip("."):
-        raise Bad("is not a module path", where[:-1])
-    fields = _fields(_object(value, where[:-1]), where, d_in=_count, d_out=_count, input=_text)
-    return CalibratedModule(name, **fields)
+        raise Bad("is not a module path", where)
+    return CalibratedModule(name, **fields(value, where, d_in=count, d_out=count, input=text))
 
 
-def _fields(
-    value: dict[str, Any], where: str, **checks: Callable[[Any, str], Any]
-) -> dict[str, Any]:
-    """Exactly these fields, each checked."""
-    for key in value:
-        if key not in checks:
-            raise Bad("is not a field of this format", where + key)
-    for key in checks:
-        if key not in value:
-            raise Bad("is missing", where + key)
-    return {key: check(value[key], where + key) for key, check in checks.items()}
+def _since_2(version: int, **checks: Check) -> dict[str, Check]:
+    return checks if version > 1 else {}
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise Bad("is not an object", where)
-    return value
-
-
-def _named(value: Any, where: str) -> dict[str, Any]:
-    if not _object(value, where):
+def _not_empty(value: Any, where: str) -> dict[str, Any]:
+    if not named(lambda item, _: item)(value, where):
         raise Bad("is empty", where)
     return value
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise Bad("is not a text", where)
-    return value
-
-
-def _text_or_null(value: Any, where: str) -> str | None:
-    return None if value is None else _text(value, where)
-
-
-def _texts(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise Bad("is not a list", where)
-    return tuple(_text(item, where) for item in value)
-
-
 def _files(value: Any, where: str) -> tuple[str, ...]:
-    names = _texts(value, where)
+    names = many(text, least=1)(value, where)
     for name in names:
         # A path would let a downloaded calibration read elsewhere.
         if not re.fullmatch(r"\w[\w.+-]*\.safetensors", name):
             raise Bad(f"{printable(name)!r} is not the name of a safetensors file", where)
-    if not names:
-        raise Bad("is empty", where)
     return names
 
 
-def _natural(value: Any, where: str) -> int:
-    if type(value) is not int or not 0 <= value <= _LIMIT:
-        raise Bad(f"is not an integer from 0 to {_LIMIT}", where)
-    return value
+def _one_of(names: tuple[str | None, ...]) -> Check:
+    def check(value: Any, where: str) -> str | None:
+        if value not in names:
+            raise Bad(f"is none of {', '.join(n or 'null' for n in names)}", where)
+        return value
+
+    return check
 
 
-def _count(value: Any, where: str) -> int:
-    if type(value) is not int or not 1 <= value <= _LIMIT:
-        raise Bad(f"is not an integer from 1 to {_LIMIT}", where)
-    return value
-
-
-def _sha256(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
-        raise Bad("is not a SHA-256 in hexadecimal", where)
-    return value
-
-
-def _point(value: Any, where: str) -> str:
-    if value != "base":
-        raise Bad("is not 'base', the only point this program reads", where)
-    return value
-
-
-def _labels(value: Any, where: str) -> str | None:
-    if value is not None and value not in LABELS:
-        raise Bad("is none of null, 'model' and 'data'", where)
-    return value
+_LABELS_IN = {1: _one_of((None, "model", "data")), 2: _one_of((None, *LABELS))}

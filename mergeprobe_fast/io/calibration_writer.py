@@ -15,9 +15,11 @@ import numpy as np
 from ..errors import InputError
 from . import calibration_json, strict_json
 from .atomic import AtomicFolder
-from .calibration import declared_tensors, is_calibration
+from .calibration import declared_tensors, gradient_stem, is_calibration
 from .calibration_json import CALIBRATION_NAME, CalibrationInfo, Domain
 from .dtypes import DTYPE_BITS, bf16_to_f32, f32_to_bf16
+from .points import POINTS_NAME, POINTS_TENSORS, PointsInfo, has_points
+from .points_writer import PointsWriter
 from .safetensors_stream import StreamWriter
 from .strict_json import Bad
 
@@ -25,9 +27,9 @@ SHARD_NBYTES = 5 * 10**9  # as the Hugging Face libraries cut large models
 _HEADER_NBYTES = 200  # of one tensor, about
 
 
-def written_nbytes(info: CalibrationInfo) -> int:
+def written_nbytes(info: CalibrationInfo, points: PointsInfo | None = None) -> int:
     """Bytes of all tensors and, within some kilobytes, of the headers."""
-    total = 0
+    total = 0 if points is None else points.nbytes
     for domain in info.domains.values():
         declared = declared_tensors(info, domain)
         total += sum(_nbytes(*tensor) + _HEADER_NBYTES for tensor in declared.values())
@@ -37,8 +39,9 @@ def written_nbytes(info: CalibrationInfo) -> int:
 class CalibrationWriter:
     """Context manager: the calibration folder ``out`` appears as a whole at the end or not at all.
 
-    ``info`` is what is going to be recorded (``Domain.files`` is filled in here). Every row of
-    every declared tensor must have been written when the block is left, in any order.
+    ``info`` is what is going to be recorded (``Domain.files`` is filled in here), ``points`` what
+    is measured with adapters, if anything: ``writer.points`` takes it. Every row of every declared
+    tensor must have been written when the block is left, in any order.
 
     Raises:
         InputError: on entering, when ``out`` exists (without ``overwrite``), is not a calibration,
@@ -50,6 +53,7 @@ class CalibrationWriter:
         out: str | os.PathLike[str],
         info: CalibrationInfo,
         *,
+        points: PointsInfo | None = None,
         overwrite: bool = False,
         inputs: Iterable[str | os.PathLike[str]] = (),
         shard_nbytes: int = SHARD_NBYTES,
@@ -60,11 +64,14 @@ class CalibrationWriter:
             for name, domain in info.domains.items()
         }
         self.info = replace(info, domains=domains)
+        files = [file for files in shards.values() for file in files]
         _check(self.info, out)
-        self._shards = shards
-        contents = _contents(Path(out)) or [
-            CALIBRATION_NAME, *(file for files in shards.values() for file in files)
-        ]  # fmt: skip
+        if points is not None and POINTS_TENSORS in map(str.casefold, files):
+            reason = "is the name of the file of the points; call the domain otherwise"
+            raise InputError(reason, path=out, key=Path(POINTS_TENSORS).stem)
+        self._shards, self._points_info = shards, points
+        self.points: PointsWriter | None = None
+        contents = _contents(Path(out)) or [CALIBRATION_NAME, *files]
         self._folder = AtomicFolder(out, overwrite, inputs=inputs, contents=contents)
         self._stack = ExitStack()
         self._writers: dict[tuple[str, str], StreamWriter] = {}
@@ -75,10 +82,13 @@ class CalibrationWriter:
         parent = self._folder.out.parent
         while not parent.exists():
             parent = parent.parent
-        free, needed = shutil.disk_usage(parent).free, written_nbytes(self.info)
+        free, needed = shutil.disk_usage(parent).free, self._nbytes()
         if free < needed:
             reason = f"needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left"
             raise InputError(reason, path=self._folder.out)
+
+    def _nbytes(self) -> int:
+        return written_nbytes(self.info, self._points_info)
 
     def __enter__(self) -> CalibrationWriter:
         self.check()
@@ -89,6 +99,8 @@ class CalibrationWriter:
                     writer = StreamWriter(temporary / file, declared, {"domain": domain})
                     stack.enter_context(writer)
                     self._writers |= {(domain, key): writer for key in declared}
+            if self._points_info is not None:
+                self.points = stack.enter_context(PointsWriter(temporary, self._points_info))
             text = json.dumps(calibration_json.to_json(self.info), indent=2, ensure_ascii=False)
             (temporary / CALIBRATION_NAME).write_bytes((text + "\n").encode("utf-8"))
             self._stack = stack.pop_all()
@@ -106,17 +118,29 @@ class CalibrationWriter:
         """Rows ``first``, ... of the input samples of a key, float32 (n, d_in)."""
         self._samples(domain, f"input.{key}", rows, first)
 
-    def gradients(self, domain: str, module: str, rows: np.ndarray, first: int = 0) -> None:
+    def outputs(self, domain: str, module: str, rows: np.ndarray, first: int = 0) -> None:
+        """Rows ``first``, ... of the outputs of a module, float32 (n, d_out)."""
+        self._samples(domain, f"output.{module}", rows, first)
+
+    def gradients(
+        self, domain: str, module: str, rows: np.ndarray, first: int = 0, labels: str = "model"
+    ) -> None:
         """Rows ``first``, ... of the output gradients of a module, float32 (n, d_out)."""
-        self._samples(domain, f"gradient.{module}", rows, first)
+        self._samples(domain, f"{gradient_stem(self.info, labels)}.{module}", rows, first)
 
     def moment(self, domain: str, key: str, values: np.ndarray) -> None:
         """The mean of the squared inputs of a key, float64 (d_in,)."""
         self._moments(domain, f"moment.{key}", values)
 
-    def gradient_moment(self, domain: str, module: str, values: np.ndarray) -> None:
+    def output_moment(self, domain: str, module: str, values: np.ndarray) -> None:
+        """The mean of the squared outputs of a module, float64 (d_out,)."""
+        self._moments(domain, f"output_moment.{module}", values)
+
+    def gradient_moment(
+        self, domain: str, module: str, values: np.ndarray, labels: str = "model"
+    ) -> None:
         """The mean of the squared output gradients of a module, float64 (d_out,)."""
-        self._moments(domain, f"gradient_moment.{module}", values)
+        self._moments(domain, f"{gradient_stem(self.info, labels)}_moment.{module}", values)
 
     def _samples(self, domain: str, key: str, rows: np.ndarray, first: int) -> None:
         bits = f32_to_bf16(rows)
@@ -135,7 +159,7 @@ class CalibrationWriter:
 
 def _not_finite(domain: str, key: str) -> InputError:
     kind, module = key.split(".", 1)
-    what = "gradients" if kind.startswith("gradient") else "inputs"
+    what = next((w for w in ("gradient", "output") if kind.startswith(w)), "input") + "s"
     return InputError(f"{what} in domain {domain!r} are NaN or too large", key=module)
 
 
@@ -155,7 +179,8 @@ def _contents(out: Path) -> list[str] | None:
         info = calibration_json.parse(strict_json.read(out / CALIBRATION_NAME))
     except (Bad, InputError):
         return None
-    return [CALIBRATION_NAME, *(file for d in info.domains.values() for file in d.files)]
+    points = [POINTS_NAME, POINTS_TENSORS] if has_points(out) else []
+    return [CALIBRATION_NAME, *points, *(file for d in info.domains.values() for file in d.files)]
 
 
 def _shards(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergeprobe_fast.engine.samples import require
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merging.arguments import number
 from mergeprobe_fast.merging.methods import Argument, MergeRequest
@@ -197,21 +198,6 @@ class Metrics:
         return self._recent.get(
             (self._calibration.input_key(module.name), tuple(ratios.items())), make
         )
-
-
-def require(calibration: Calibration, modules: Sequence[Module]) -> None:
-    """Refuse modules that the calibration lacks or has in another shape, before any work."""
-    for m in modules:
-        recorded = calibration.modules.get(m.name)
-        if recorded is None:
-            raise InputError("the calibration did not record this module", path=calibration.path,
-                             key=m.name)  # fmt: skip
-        if (recorded.d_out, recorded.d_in) != (m.d_out, m.d_in):
-            reason = (
-                f"is {recorded.d_out} x {recorded.d_in} in the calibration, and "
-                f"{m.d_out} x {m.d_in} in the adapters"
-            )
-            raise InputError(reason, path=calibration.path, key=m.name)
 
 
 def inputs(calibration: Calibration, domain: str, module: Module) -> np.ndarray:

@@ -7,12 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergeprobe_fast.merging.activation import (
-    calibration_of,
-    inputs,
-    positive_weights,
-    require,
-)
+from mergeprobe_fast.engine.samples import require
+from mergeprobe_fast.merging.activation import calibration_of, inputs, positive_weights
 from mergeprobe_fast.merging.arguments import number
 from mergeprobe_fast.merging.elementwise_rules import cut, whole
 from mergeprobe_fast.merging.methods import (

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergeprobe_fast import _env
+from mergeprobe_fast.engine.samples import require
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.dtypes import FACTOR_DTYPES
-from mergeprobe_fast.merging.activation import require
 from mergeprobe_fast.merging.adapter import MergedAdapter
 from mergeprobe_fast.merging.methods import MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.merging.request import prepare

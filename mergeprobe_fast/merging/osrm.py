@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mergeprobe_fast.merging.activation import Recent, calibration_of, inputs, require
+from mergeprobe_fast.engine.samples import require
+from mergeprobe_fast.merging.activation import Recent, calibration_of, inputs
 from mergeprobe_fast.merging.arguments import number, whole
 from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.merging.source import ModuleFactors, each_module

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergeprobe_fast.merging.activation import LARGE, Recent, inputs, require
+from mergeprobe_fast.engine.samples import require
+from mergeprobe_fast.merging.activation import LARGE, Recent, inputs
 from mergeprobe_fast.merging.methods import MergedModule
 from mergeprobe_fast.merging.source import ModuleFactors, Source, each_module
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeprobe_fast import _env
+from mergeprobe_fast.domains import assign_domains
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.calibration import Calibration
 from mergeprobe_fast.io.calibration_json import LABELS, CalibratedModule, CalibrationInfo
+from mergeprobe_fast.zoo import Paths, Zoo, as_zoo
 
 from .base import Base, NotStreamable, evaluating, open_base
 from .capture import Discovery, recordable, sizes
 from .layers import LayeredModel
-from .plan import CalibrationPlan, one_thread_each
+from .plan import CalibrationPlan
+from .points import plan_points
 from .texts import Texts, check_domains, read_texts
 from .tokens import describe, draw_tokens
+from .workers import one_thread_each
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +41,9 @@ def plan_calibration(
     skip_first: int = 1,
     gradients: bool = False,
     labels: str = "model",
+    outputs: bool = False,
+    adapters: Zoo | Paths | None = None,
+    domains: Mapping[str, str] | Sequence[str] | None = None,
     modules: Iterable[str] | None = None,
     dtype: str = "auto",
     threads: int | None = None,
@@ -51,7 +58,11 @@ def plan_calibration(
         raise InputError(f"labels {labels!r} are none of {', '.join(LABELS)}")
     if isinstance(modules, str):
         raise InputError("modules is a list of globs, not one text")
+    if adapters is None and domains is not None:
+        raise InputError("given without adapters", key="domains")
     check_domains(data)
+    zoo = None if adapters is None else as_zoo(adapters)
+    chosen = () if zoo is None else assign_domains(zoo.names, list(data), domains)
     opened = open_base(base, tokenizer, dtype)
     notes: list[str] = []
     limit = _limit(opened.config, max_length, notes)
@@ -61,27 +72,38 @@ def plan_calibration(
         name: read_texts(
             name, path, lambda: opened.tokenizer, opened.config.get_text_config().vocab_size,
             max_length=limit, max_sequences=max_sequences, least=skip_first + 1, seed=seed,
+            labelled=gradients or zoo is not None,
         )
         for name, path in data.items()
     }  # fmt: skip
     tokens = {name: draw_tokens(texts[name], samples, skip_first, seed) for name in texts}
     count = _env.threads_or_default(threads)
     with one_thread_each(1):
-        model, layers, keys = _modules(opened, modules, gradients, texts, notes)
+        model, layers, keys = _modules(opened, modules, _why_whole(gradients, zoo), texts, notes)
+    if zoo is not None and zoo.base_model not in (None, opened.name):
+        notes.append(f"the adapters declare the base model {zoo.base_model}, this is {opened.name}")
     recorded = {
         name: CalibratedModule(name, *sizes(model.get_submodule(name)), key)
         for name, key in keys.items()
     }
-    domains = {
+    described = {
         name: describe(text, tokens[name][0], samples, skip_first, notes)
         for name, text in texts.items()
     }
     info = CalibrationInfo(
         opened.name, None if opened.path is None else str(opened.path), opened.config_sha256,
-        domains, recorded, seed=seed, samples=samples, max_length=limit, skip_first=skip_first,
-        labels=labels if gradients else None, notes=tuple(notes),
+        described, recorded, seed=seed, samples=samples, max_length=limit, skip_first=skip_first,
+        labels=labels if gradients else None, notes=tuple(notes), outputs=outputs,
     )  # fmt: skip
-    return CalibrationPlan(info, texts, tokens, opened, model, layers, count)
+    points = None if zoo is None else plan_points(zoo, chosen, texts, model, seed, count)
+    return CalibrationPlan(info, texts, tokens, opened, model, layers, count, points)
+
+
+def _why_whole(gradients: bool, zoo: Zoo | None) -> str | None:
+    """Why the whole model is needed, if it is."""
+    if gradients:
+        return "gradients need all of it"
+    return None if zoo is None else "points of adapters need all of it"
 
 
 def calibrate(
@@ -113,7 +135,13 @@ def calibrate(
         skip_first: tokens at the start of each sequence that are left out of samples and means.
         gradients: also record dLoss/d(module output); loads the whole model.
         labels: of that loss: "model", drawn from the model's own distribution at each token (the
-            true Fisher), or "data", the next token (the empirical one).
+            true Fisher), "data", the next token (the empirical one), or "both". Where every line
+            of a domain has a prompt and a completion, only the completions have labels.
+        outputs: also keep the modules' outputs at the sampled tokens.
+        adapters: a zoo: measure at the base and at each adapter, on texts of its own domain, how
+            the loss changes along every adapter (``mergeprobe_fast.io.points`` has what is
+            written); loads the whole model.
+        domains: of the adapters, in order or by name; default: by their names.
         modules: globs over module paths; default: every Linear and Conv1D but the output head.
         dtype: to compute in: "auto" (float32 for a folder), "float32", "bfloat16", "float16".
         threads: sequences at a time, each on one core; default: the cores this process may use.
@@ -131,7 +159,7 @@ def calibrate(
 def _modules(
     base: Base,
     patterns: Iterable[str] | None,
-    gradients: bool,
+    why_whole: str | None,
     texts: Mapping[str, Texts],
     notes: list[str],
 ) -> tuple[PreTrainedModel, LayeredModel | None, dict[str, str]]:
@@ -144,8 +172,8 @@ def _modules(
     reason = None
     if base.model is None:
         try:
-            if gradients:
-                raise NotStreamable("gradients need all of it")
+            if why_whole is not None:
+                raise NotStreamable(why_whole)
             return _layers(base, patterns, probe, notes)
         except NotStreamable as caught:
             reason = caught
@@ -188,5 +216,3 @@ def _check_numbers(**numbers: tuple[Any, int]) -> None:
     for name, (value, least) in numbers.items():
         if type(value) is not int or not least <= value < 2**31:
             raise InputError(f"{name} is {value!r}, not an integer of {least} or more")
-
-

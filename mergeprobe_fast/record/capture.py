@@ -1,4 +1,4 @@
-"""Hooks: which modules are fed the same tensor, and what they are fed at the sampled tokens."""
+"""Hooks: which modules are fed the same tensor, and what goes in and out at the sampled tokens."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Discovery:
 
         def hook(name: str, d_in: int) -> Any:
             def record(module: Any, args: tuple, kwargs: dict) -> None:
-                x = _input(args, kwargs)
+                x = input_of(args, kwargs)
                 if name in self.keys or name in self.left_out:
                     self.keys.pop(name, None)
                     self.left_out[name] = "called more than once for one text"
@@ -132,7 +132,8 @@ class Passage:
     live: dict[str, Any] = field(default_factory=dict)  # key -> weak reference to its tensor
     called: set[str] = field(default_factory=set)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    squares: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)  # summed over tokens
+    # By what ``_take`` calls it and module, summed over tokens.
+    squares: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
 
 class Recorder:
@@ -155,8 +156,7 @@ class Recorder:
         for name, module in self._modules.items():
             before = self._input_hook(name)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            if self._info.labels is not None:
-                self._handles.append(module.register_forward_hook(self._output_hook(name)))
+            self._handles.append(module.register_forward_hook(self._output_hook(name)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -177,10 +177,10 @@ class Recorder:
                 reason = f"was not called for sequence {index} of domain {domain!r}"
                 raise InputError(reason, key=name)
 
-    def gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Take the output gradients of this thread's sequence, by module."""
+    def gradients(self, labels: str, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Take the output gradients of this thread's sequence, by module, of a kind of labels."""
         for name, gradient in gradients.items():
-            self._take("gradient", name, gradient, self._info.modules[name].d_out)
+            self._take(labels, name, gradient, self._info.modules[name].d_out)
 
     def add(self, passage: Passage) -> None:
         """Add the sums of a sequence; the order of these calls is the order of the sums."""
@@ -195,15 +195,17 @@ class Recorder:
                 if self._info.modules[name].input == name:
                     total = self._sums.pop(("input", domain.name, name))
                     self._writer.moment(domain.name, name, total / domain.tokens)
-                if self._info.labels is not None:
-                    total = self._sums.pop(("gradient", domain.name, name))
-                    self._writer.gradient_moment(domain.name, name, total / domain.tokens)
+                total = self._sums.pop(("output", domain.name, name))
+                self._writer.output_moment(domain.name, name, total / domain.tokens)
+                for kind in self._info.label_kinds:
+                    total = self._sums.pop((kind, domain.name, name)) / domain.tokens
+                    self._writer.gradient_moment(domain.name, name, total, labels=kind)
 
     def _input_hook(self, name: str) -> Any:
         module = self._info.modules[name]
 
         def record(_: Any, args: tuple, kwargs: dict) -> None:
-            x, passage = _input(args, kwargs), self._here.passage
+            x, passage = input_of(args, kwargs), self._here.passage
             if name in passage.called:
                 reason = f"is called more than once in domain {passage.domain!r}"
                 raise InputError(reason, key=name)
@@ -220,7 +222,12 @@ class Recorder:
         return record
 
     def _output_hook(self, name: str) -> Any:
-        def record(_: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        width = self._info.modules[name].d_out
+
+        def record(_: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+            self._take("output", name, output, width)
+            if self._info.labels is None:
+                return None
             self._here.passage.outputs[name] = output
             # What follows may change its input in place; the gradient is for this tensor.
             return output.clone()
@@ -228,18 +235,28 @@ class Recorder:
         return record
 
     def _take(self, kind: str, name: str, x: torch.Tensor, width: int) -> None:
+        """Of an "input", an "output", or the gradients of a kind of labels."""
         passage = self._here.passage
         if x.shape[-1] != width or x.numel() != passage.length * width:
-            reason = f"{kind} is {tuple(x.shape)} for {passage.length} tokens"
+            what = kind if kind in ("input", "output") else "gradient"
+            reason = f"{what} is {tuple(x.shape)} for {passage.length} tokens"
             raise InputError(f"{reason} in domain {passage.domain!r}", key=name)
         rows = x.detach().reshape(passage.length, width)
         squares = rows[self._info.skip_first :].double().square().sum(0)
         passage.squares[kind, name] = squares.cpu().numpy()
+        if kind == "output" and not self._info.outputs:
+            return
         drawn = rows[passage.positions].float().cpu().numpy()
-        put = self._writer.inputs if kind == "input" else self._writer.gradients
+        at = passage.domain, name, drawn, passage.first
         with self._lock:
-            put(passage.domain, name, drawn, passage.first)
+            if kind == "input":
+                self._writer.inputs(*at)
+            elif kind == "output":
+                self._writer.outputs(*at)
+            else:
+                self._writer.gradients(*at, labels=kind)
 
 
-def _input(args: tuple, kwargs: dict) -> torch.Tensor:
+def input_of(args: tuple, kwargs: dict) -> torch.Tensor:
+    """What a Linear or Conv1D is called with."""
     return args[0] if args else kwargs["input"]

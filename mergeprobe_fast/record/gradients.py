@@ -32,31 +32,42 @@ def output_gradients(
     model: Any,
     ids: torch.Tensor,
     outputs: Mapping[str, torch.Tensor],
-    labels: str,
+    labels: Sequence[str],
     seed: Sequence[int],
-) -> dict[str, torch.Tensor]:
-    """dLoss/d(output) of every module in ``outputs``, of the shape of that output.
+    *,
+    start: int = 1,
+    beyond: bool = True,
+) -> Iterator[tuple[str, float, dict[str, torch.Tensor]]]:
+    """For each kind of labels: it, the loss, and dLoss/d(output) of every module in ``outputs``.
 
-    The loss is the sum over tokens of -log p(label), in nats. With labels "model" every token of
-    ``ids`` (1, length) has one, drawn from the model's own distribution; with "data" it is the next
-    token, and the last one has none. ``outputs`` is filled by hooks while the model runs here,
-    inside ``graph_from_embeddings``; the gradients of its parameters are left alone.
+    The loss is the sum of -log p(label), in nats, over the labels that follow the tokens of ``ids``
+    (1, length) from ``start - 1`` on. "data" labels are the tokens from ``start`` on, "model"
+    labels are drawn from the model's own distribution: at the same places and, with ``beyond``,
+    behind the last token. ``outputs`` is filled by hooks while the model runs here, inside
+    ``graph_from_embeddings``; the gradients of its parameters are left alone.
     """
     import torch
 
     with torch.enable_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[0]
+        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 :]
         wide = torch.promote_types(logits.dtype, torch.float32)
         log_p = torch.log_softmax(logits.to(wide), dim=-1)
-        if labels == "data":
-            loss = -log_p[:-1].gather(1, ids[0, 1:, None]).sum()
-        else:
-            loss = -log_p.gather(1, _draw(log_p, seed)).sum()
-        gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
-    for name, gradient in zip(outputs, gradients, strict=True):
-        if gradient is None:
-            raise InputError("the loss does not depend on its output", key=name)
-    return dict(zip(outputs, gradients, strict=True))
+        for kind in labels:
+            if kind == "data":
+                losses = -log_p[:-1].gather(1, ids[0, start:, None])
+            else:
+                rows = log_p if beyond else log_p[:-1]
+                losses = -rows.gather(1, _draw(rows, seed))
+            gradients = torch.autograd.grad(
+                losses.sum(), list(outputs.values()), allow_unused=True,
+                retain_graph=kind != labels[-1],
+            )  # fmt: skip
+            for name, gradient in zip(outputs, gradients, strict=True):
+                if gradient is None:
+                    raise InputError("the loss does not depend on its output", key=name)
+            value = float(losses.detach().double().sum())
+            yield kind, value, dict(zip(outputs, gradients, strict=True))
+            del gradients
 
 
 def _draw(log_p: torch.Tensor, seed: Sequence[int]) -> torch.Tensor:

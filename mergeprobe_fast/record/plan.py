@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,15 @@ from mergeprobe_fast.io.calibration_json import CalibrationInfo
 from mergeprobe_fast.io.calibration_writer import CalibrationWriter, written_nbytes
 
 from .base import Base, evaluating
-from .capture import Passage, Recorder
+from .capture import Passage, Recorder, recordable, sizes
 from .gradients import graph_from_embeddings, output_gradients
 from .layers import LayeredModel
+from .points import PointsPlan
 from .texts import Texts
+from .workers import in_order, one_thread_each
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 Advance = Callable[[int], None]
@@ -39,6 +42,7 @@ class CalibrationPlan:
     _model: PreTrainedModel
     _layers: LayeredModel | None
     _threads: int
+    points: PointsPlan | None = None  # what ``adapters`` are measured for
 
     @property
     def streamed(self) -> bool:
@@ -51,6 +55,13 @@ class CalibrationPlan:
         return self._threads if self._model.device.type in ("cpu", "meta") else 1
 
     @property
+    def _wide(self) -> torch.dtype:
+        """What deltas and derivatives are computed in: float32, or what the model has beyond."""
+        import torch
+
+        return torch.promote_types(self._base.dtype, torch.float32)
+
+    @property
     def inputs(self) -> int:
         """Distinct input tensors: modules that share one are counted once."""
         return len({module.input for module in self.info.modules.values()})
@@ -58,13 +69,17 @@ class CalibrationPlan:
     @property
     def nbytes(self) -> int:
         """Bytes that will be written."""
-        return written_nbytes(self.info)
+        return written_nbytes(self.info, None if self.points is None else self.points.info)
 
     @property
     def steps(self) -> int:
-        """What ``progress`` adds up to: sequences, times the layers when they are streamed."""
+        """What ``progress`` adds up to: sequences, times the layers when they are streamed.
+
+        Those of the points are counted too.
+        """
         sequences = sum(domain.sequences for domain in self.info.domains.values())
-        return sequences * (len(self._recorded_layers()) if self._layers else 1)
+        points = 0 if self.points is None else self.points.steps
+        return sequences * (len(self._recorded_layers()) if self._layers else 1) + points
 
     @property
     def peak_nbytes(self) -> int:
@@ -82,17 +97,26 @@ class CalibrationPlan:
         weights = 0
         if self._base.model is None:
             weights = sum(p.numel() * p.element_size() for p in self._model.parameters())
-        # With gradients: outputs, their copies, the gradients, the graph between them.
-        copies = 4 if self.info.labels else 1
-        wide = sum(m.d_in + m.d_out for m in modules) + text.vocab_size
-        return weights + 4 * copies * max(lengths) * wide * self._workers + _LIBRARIES
+        copies, wide = 1, sum(m.d_in + m.d_out for m in modules)
+        if self.info.labels or self.points:
+            # Outputs, their copies, gradients, the graph between them: of all of the model.
+            copies, wide = 4, sum(sum(sizes(m)) for m in recordable(self._model, None).values())
+        wide += text.vocab_size
+        passing = 4 * copies * max(lengths) * wide * self._workers
+        if self.points is not None:
+            weights += self.points.peak_nbytes(self._wide, self._workers)
+        return weights + passing + _LIBRARIES
 
     def summary(self) -> str:
         """One line: what will be recorded, and how large it is."""
         domains = self.info.domains.values()
         samples = sorted({d.samples for d in domains})
         shown = f"{samples[0]} to {samples[-1]}" if len(samples) > 1 else f"{samples[0]}"
-        gradients = " with output gradients" if self.info.labels else ""
+        labels = " and ".join(self.info.label_kinds)
+        gradients = f" with output gradients (labels: {labels})" if labels else ""
+        if self.points is not None:
+            counts = len(self.points.info.points), len(self.points.zoo), self.points.steps
+            gradients += "; {} points along {} adapters, {} passes".format(*counts)
         way = "layer by layer" if self.streamed else "with the whole model in memory"
         return (
             f"{len(domains)} domains, {sum(d.sequences for d in domains)} sequences, "
@@ -126,16 +150,27 @@ class CalibrationPlan:
             for name, (sequence, position) in self._tokens.items():
                 writer.sampled_tokens(name, sequence, position)
             recorder = Recorder(writer, self.info, self._tokens, modules)
-            with recorder, evaluating(self._model):
-                if self._layers is not None:
-                    self._stream(self._layers, recorder, pool, advance)
-                else:
-                    self._run_whole(recorder, pool, advance)
+            with evaluating(self._model):
+                with recorder:
+                    self._record(recorder, pool, advance)
+                if self.points is not None:
+                    with graph_from_embeddings(self._model):
+                        self.points.measure(self._model, self._texts, writer.points, pool, advance)
         return open_calibration(out)
+
+    def _record(self, recorder: Recorder, pool: Executor, advance: Advance) -> None:
+        if self._layers is not None:
+            self._stream(self._layers, recorder, pool, advance)
+        else:
+            self._run_whole(recorder, pool, advance)
 
     def _writer(self, out: str | os.PathLike[str], overwrite: bool) -> CalibrationWriter:
         inputs = [] if self._base.path is None else [self._base.path]
-        return CalibrationWriter(out, self.info, overwrite=overwrite, inputs=inputs)
+        points = None
+        if self.points is not None:
+            points = self.points.info
+            inputs += self.points.inputs
+        return CalibrationWriter(out, self.info, points=points, overwrite=overwrite, inputs=inputs)
 
     def _sequences(self) -> Iterator[tuple[str, int, np.ndarray]]:
         for name, texts in self._texts.items():
@@ -161,6 +196,10 @@ class CalibrationPlan:
         hidden, calls = (list(parts) for parts in zip(*entering, strict=True))
         del entering  # the states that enter a layer are not kept
 
+        def add(seen: Passage) -> None:
+            recorder.add(seen)
+            advance(1)
+
         def one(at: int) -> Passage:
             domain, index, ids = work[at]
             with torch.inference_mode(), recorder.passage(domain, index, len(ids), names) as seen:
@@ -169,71 +208,39 @@ class CalibrationPlan:
 
         for i, names in enumerate(self._recorded_layers()):
             with layers.layer(i) as run:
-                _in_order(pool, one, len(work), recorder, advance)
+                in_order(pool, one, len(work), add)
             recorder.write_moments(names)
 
     def _run_whole(self, recorder: Recorder, pool: Executor, advance: Advance) -> None:
         import torch
 
         work = list(self._sequences())
-        expected, labels = self.info.modules, self.info.labels
+        expected, labels = self.info.modules, self.info.label_kinds
+
+        def add(seen: Passage) -> None:
+            recorder.add(seen)
+            advance(1)
 
         def one(at: int) -> Passage:
             domain, index, ids = work[at]
             batch = torch.from_numpy(ids)[None].to(self._model.device)
             with recorder.passage(domain, index, len(ids), expected) as seen:
-                if labels is None:
+                if not labels:
                     with torch.inference_mode():
                         self._model(input_ids=batch, use_cache=False)
                 else:
                     seed = [self.info.seed, 2, index, *domain.encode("utf-8")]
-                    recorder.gradients(
-                        output_gradients(self._model, batch, seen.outputs, labels, seed)
-                    )
+                    start = self._texts[domain].starts[index]
+                    for kind, _, gradients in output_gradients(
+                        self._model, batch, seen.outputs, labels, seed, start=start
+                    ):
+                        recorder.gradients(kind, gradients)
                     seen.outputs.clear()
             return seen
 
         with graph_from_embeddings(self._model) if labels else nullcontext():
-            _in_order(pool, one, len(work), recorder, advance)
+            in_order(pool, one, len(work), add)
         recorder.write_moments(self.info.modules)
-
-
-def _in_order(
-    pool: Executor,
-    one: Callable[[int], Passage],
-    count: int,
-    recorder: Recorder,
-    advance: Advance,
-) -> None:
-    """Run all sequences, several at a time; what is summed is summed in their order."""
-    running = [pool.submit(one, at) for at in range(count)]
-    try:
-        for at in range(count):
-            recorder.add(running[at].result())
-            running[at] = None  # its sums are not kept
-            advance(1)
-    finally:
-        for future in running:
-            if future is not None:
-                future.cancel()
-
-
-@contextmanager
-def one_thread_each(count: int) -> Iterator[Executor]:
-    """So many workers, in each of which torch runs on one thread.
-
-    How torch splits a product among threads changes its last bits. A sequence on one thread has
-    the same bits however many go at a time, and short ones are faster so.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
 
 
 def _size(nbytes: int) -> str:

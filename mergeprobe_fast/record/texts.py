@@ -30,6 +30,12 @@ class Texts:
     sha256: str  # of its bytes
     sequences: tuple[np.ndarray, ...]  # int64 (length,) each
     cut: int  # how many were longer than the limit
+    loss: str  # "completion" where every line has a prompt and a completion, else "all"
+    starts: tuple[int, ...]  # of each, its first token that is a label: 1 or more
+
+    def labelled(self, index: int) -> int:
+        """How many tokens of a sequence are labels."""
+        return len(self.sequences[index]) - self.starts[index]
 
 
 def data_arguments(arguments: Iterable[str]) -> dict[str, str]:
@@ -74,6 +80,7 @@ def read_texts(
     max_sequences: int | None,
     least: int,
     seed: int,
+    labelled: bool = False,
 ) -> Texts:
     """Read and tokenise the data of one domain.
 
@@ -82,6 +89,11 @@ def read_texts(
     ``{"messages"}``, through the tokenizer's chat template; ``{"input_ids"}``, as they are.
     ``.txt`` has texts separated by blank lines. ``tokenizer()`` gives a transformers tokenizer and
     is called when there is text; special tokens are what it adds by itself.
+
+    Where every line of the file has a prompt and a completion, only tokens of completions are
+    labels of a loss; else all but the first of a sequence are. A token belongs to the prompt as
+    far as the prompt alone is tokenised into the same ones. With ``labelled`` every sequence must
+    have a label.
 
     Of more than ``max_sequences``, that many are drawn with the seed. Sequences are cut to
     ``max_length`` tokens. Raises ``InputError`` naming file and line, also for fewer than
@@ -98,20 +110,30 @@ def read_texts(
         raise strict_json.unreadable(path, error) from error
     if not items:
         raise InputError("is empty", path=path)
+    completions = all("prompt" in item for _, item in items)
     if max_sequences is not None and len(items) > max_sequences:
         rng = np.random.default_rng([seed, 0, *name.encode("utf-8")])
         items = [items[i] for i in np.sort(rng.choice(len(items), max_sequences, replace=False))]
-    sequences, cut = [], 0
+    sequences, starts, cut = [], [], 0
     for line, item in items:
         try:
             ids = _token_ids(item, tokenizer, vocabulary)
             if len(ids) < least:
                 raise Bad(f"has {len(ids)} tokens, {least} or more are needed")
+            prompt = _shared(ids, item["prompt"], tokenizer) if completions else 0
+            start = min(max(prompt, 1), len(ids), max_length)
+            if labelled and start == min(len(ids), max_length):
+                what = "of its completion" if completions else "that is a label"
+                raise Bad(f"has no token {what} among its first {max_length}")
         except Bad as bad:
             raise _line_error(path, line, bad) from None
         cut += len(ids) > max_length
         sequences.append(np.array(ids[:max_length], np.int64))
-    return Texts(name, path.name, digest.hexdigest(), tuple(sequences), cut)
+        starts.append(start)
+    loss = "completion" if completions else "all"
+    return Texts(
+        name, path.name, digest.hexdigest(), tuple(sequences), cut, loss, tuple(starts)
+    )  # fmt: skip
 
 
 def _line_error(path: Path, line: int, bad: Bad) -> InputError:
@@ -199,6 +221,15 @@ def _token_ids(item: dict[str, Any], tokenizer: Callable[[], Any], vocabulary: i
     if ids and max(ids) >= vocabulary:
         raise Bad(f"token id {max(ids)} is outside the vocabulary of {vocabulary}")
     return ids
+
+
+def _shared(ids: list[int], prompt: str, tokenizer: Callable[[], Any]) -> int:
+    """How many tokens a text begins with that its prompt alone begins with too."""
+    alone = _encode(tokenizer(), prompt, special=True)
+    return next(
+        (i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b),
+        min(len(alone), len(ids)),
+    )
 
 
 def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:

@@ -38,6 +38,4 @@ def describe(
     if tokens < samples:
         notes.append(f"domain {texts.name}: all its {tokens} tokens are samples, not {samples}")
     count = len(texts.sequences)
-    return Domain(texts.name, texts.source, texts.sha256, count, tokens, len(drawn), ())
-
-
+    return Domain(texts.name, texts.source, texts.sha256, count, tokens, len(drawn), (), texts.loss)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from mergeprobe_fast.record import CalibrationPlan
 
 
+_LABELLED = {"all": "all tokens", "completion": "completions"}
+
+
 def describe_calibration(calibration: Calibration, plan: CalibrationPlan) -> dict[str, Any]:
     """What was recorded, as plain JSON values."""
     return {
@@ -23,9 +26,13 @@ def describe_calibration(calibration: Calibration, plan: CalibrationPlan) -> dic
         "modules": len(calibration.modules),
         "inputs": plan.inputs,
         "gradients": calibration.has_gradients,
+        "labels": list(calibration.labels),
+        "outputs": calibration.has_outputs,
+        "points": list(plan.points.info.points) if plan.points else [],
+        "adapters": list(plan.points.info.fingerprints) if plan.points else [],
         "nbytes": plan.nbytes,
         "domains": {
-            name: {"sequences": d.sequences, "tokens": d.tokens, "samples": d.samples}
+            name: {k: getattr(d, k) for k in ("sequences", "tokens", "samples", "loss")}
             for name, d in calibration.domains.items()
         },
         "notes": list(calibration.notes),
@@ -47,16 +54,22 @@ def print_plan(plan: CalibrationPlan, console: Console) -> None:
     table.add_column("domain")
     for title in ("texts", "tokens", "kept"):
         table.add_column(title, justify="right")
+    labelled = bool(info.labels or plan.points)
+    if labelled:
+        table.add_column("labels")
     for domain in info.domains.values():
         table.add_row(
             view.text(domain.name, 40), f"{domain.sequences:,}", f"{domain.tokens:,}",
-            f"{domain.samples:,}",
+            f"{domain.samples:,}", *([_LABELLED[domain.loss]] if labelled else []),
         )  # fmt: skip
     console.print(table)
     how = "one decoder layer at a time" if plan.streamed else "the whole model in memory"
-    recorded = "inputs and output gradients" if info.labels else "inputs"
+    recorded = "inputs, outputs" if info.outputs else "inputs"
+    if info.labels:
+        recorded += f", output gradients (labels: {' and '.join(info.label_kinds)})"
     console.print(
         f"{len(info.modules)} modules, {plan.inputs} distinct inputs; {recorded}; {how}\n"
+        f"{_points(plan)}"
         f"writes {_size(plan.nbytes)}, takes about {_size(plan.peak_nbytes)} of memory"
     )
     for note in info.notes:
@@ -74,6 +87,17 @@ def print_calibration(
     console.print(Text(View(console).clean(Path(out)), style="cyan", overflow="fold"))
     methods = "regmean, weighted_svd, osrm" + (", fisher" if calibration.has_gradients else "")
     console.print(f"  for merge --calibration: {methods}", style="dim")
+
+
+def _points(plan: CalibrationPlan) -> str:
+    if plan.points is None:
+        return ""
+    points = plan.points.info.points.values()
+    base = sum(point.adapter is None for point in points)
+    return (
+        f"then the loss along {len(plan.points.zoo)} adapters, at the base on {base} domains and "
+        f"at {len(points) - base} adapters: {plan.points.steps} texts\n"
+    )
 
 
 def _size(nbytes: int) -> str:

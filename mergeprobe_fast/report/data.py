@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-SUMMARY_LISTS = ("most_aligned", "most_conflicting", "near_duplicates")
+SUMMARY_LISTS = ("most_aligned", "most_conflicting", "near_duplicates", "most_harmed")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class ScreenReport:
     ``adapters`` are N-long columns and have at least ``name``. ``pairs`` has the indices ``a < b``
     and one float column per feature, NaN where a value does not exist. ``profile`` is the cosine
     of each pair per layer, ``adapter_profile`` the norm of each delta per layer. ``summary`` holds
-    up to three lists (``SUMMARY_LISTS``) of ``{"a": name, "b": name, "cosine": value, ...}``.
+    lists (``SUMMARY_LISTS``) of ``{"a": name, "b": name, "cosine": value, ...}``; those of
+    "most_harmed", which is there only if it was measured, have ``"damage"``: of b to a.
     """
 
     zoo: str

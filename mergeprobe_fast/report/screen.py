@@ -22,13 +22,16 @@ BEYOND_CHANCE = 4.0
 # A smaller cosine may be beyond chance in millions of weights, and still mean nothing in practice.
 WORTH_NAMING = 0.01
 LISTED = 10
+# Share of what an adapter has learnt, from which on another one that costs it is named.
+HARM = 0.05
 CONTENTS = ("adapters.parquet", "pairs.parquet", "report.html", "summary.json")
 
 
 def summarise(pairs: PairTable) -> dict[str, list[dict[str, Any]]]:
     """The pairs worth naming: most aligned, most conflicting, near-duplicates."""
+    harmed = {"most_harmed": _most_harmed(pairs)} if "damage_trained_a_by_b" in pairs else {}
     if "cosine" not in pairs:
-        return {}
+        return harmed
     cosine = np.asarray(pairs["cosine"])
     z = np.asarray(pairs["cosine_z"]) if "cosine_z" in pairs else np.sign(cosine) * np.inf
 
@@ -45,7 +48,22 @@ def summarise(pairs: PairTable) -> dict[str, list[dict[str, Any]]]:
                 (z < -BEYOND_CHANCE) & (cosine <= -WORTH_NAMING), down, LISTED
             ),
             "near_duplicates": listed(twins, up, len(cosine)),
+            **harmed,
         }
+
+
+def _most_harmed(pairs: PairTable) -> list[dict[str, Any]]:
+    """Victims a and partners b whose loss rises most, as a share of what a has learnt."""
+    a, b = np.asarray(pairs["a"]), np.asarray(pairs["b"])
+    victims, partners = np.concatenate([a, b]), np.concatenate([b, a])
+    both = [pairs[f"damage_trained_{side}"] for side in ("a_by_b", "b_by_a")]
+    damage = np.concatenate(both)
+    worst = np.argsort(-np.nan_to_num(damage, nan=-np.inf), kind="stable")[:LISTED]
+    return [
+        {"a": victims[i], "b": partners[i], "damage": float(damage[i])}
+        for i in worst
+        if damage[i] >= HARM
+    ]
 
 
 def screen_report(screen: Screen, command: str) -> ScreenReport:
@@ -54,7 +72,8 @@ def screen_report(screen: Screen, command: str) -> ScreenReport:
     notes = [f"left out: {s.reason}" for s in zoo.skipped] + list(zoo.notes)
     notes += screen.recorded.notes
     if screen.pairs.clipped:
-        notes.append(f"{screen.pairs.clipped} values clipped to their range (rounding)")
+        clipped = f"{screen.pairs.clipped} values clipped to their range"
+        notes.append(f"{clipped} (rounding, or few samples)")
     zero = [n for n, v in zip(zoo.names, screen.adapters["norm"], strict=True) if v == 0]
     if zero:
         notes.append(f"all-zero update (untrained?): {', '.join(zero[:5])}")
@@ -96,6 +115,7 @@ def summary_json(screen: Screen, report: ScreenReport) -> dict[str, Any]:
         "lists": report.summary,
         "rules": {
             "aligned, conflicting": f"|cosine| >= {WORTH_NAMING}, |cosine_z| > {BEYOND_CHANCE:g}",
+            "most harmed": f"damage_trained >= {HARM:g}: quadratic prediction, not calibrated",
             "near-duplicates": f"cosine >= {NEAR_DUPLICATE:.3f}: half of each one's energy shared",
         },
         "notes": list(report.notes),

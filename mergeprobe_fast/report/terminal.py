@@ -25,6 +25,11 @@ GAP = 2  # cells between columns
 # The columns of the pair table, by how much they say; as many as fit.
 PREFERRED = (
     "cosine",
+    "damage_trained_a_by_b",
+    "damage_trained_b_by_a",
+    "cross_to_self_a_by_b",
+    "cross_to_self_b_by_a",
+    "probe_gradient_cosine",
     "cosine_z",
     "norm_ratio",
     "row_rv",
@@ -37,6 +42,7 @@ LISTS = {
     "most_aligned": "Most aligned (cosine >= 0.01)",
     "most_conflicting": "Most conflicting (cosine <= -0.01)",
     "near_duplicates": "Near-duplicates (cosine >= 0.71, half of each one's energy)",
+    "most_harmed": "Most harmed by another (predicted loss, as a share of its gain; uncalibrated)",
 }
 FILES = {
     "report.html": "open in a browser",
@@ -85,6 +91,8 @@ def print_screen_summary(
             left = f"{m - len(shown):,} more pairs: "
             console.print(Text(left, style="dim") + _wrap_path(view, folder / "pairs.parquet"))
         for key, title in LISTS.items():
+            if key == "most_harmed" and key not in report.summary:
+                continue
             console.print()
             console.print(_list_table(report.summary.get(key, ()), title, view))
     console.print()
@@ -274,9 +282,9 @@ def _list_table(rows: Sequence[Any], title: str, view: View) -> Any:
         table.add_column(justify=justify, no_wrap=True)
     for row in rows[:LIST_LENGTH]:
         table.add_row(
-            view.number(row.get("cosine")),
+            view.number(row.get("damage", row.get("cosine"))),
             view.text(row.get("a"), room),
-            Text(view.times, style="dim"),
+            Text("by" if "damage" in row else view.times, style="dim"),
             view.text(row.get("b"), room),
         )
     if len(rows) > LIST_LENGTH:

@@ -12,6 +12,13 @@ struct Block {
   i64 rank;
 };
 
+// Another v for every block of a module: the Gram of the u is computed once for all of them.
+struct View {
+  const Matrix* v1;  // rank x q, one per block of the first stack
+  const Matrix* v2;  // the same for the second; ignored when symmetric
+  i64 q;
+};
+
 enum class Reduce : std::int32_t { both = 0, columns = 1, none = 2 };
 
 // out[i,j] = sum of row_weight[a] * product(M, N)[a,b] * column_weight[b].
@@ -19,6 +26,7 @@ struct Epilogue {
   Product product;
   int row_weight;     // index into GramModule::weights1, or -1 for ones
   int column_weight;  // index into GramModule::weights2, or -1 for ones
+  int view = 0;       // N is of the blocks' own v (0) or of GramModule::views[view - 1]
 };
 
 // One module: two stacks of blocks, or one against itself.
@@ -32,6 +40,7 @@ struct GramModule {
   const double* const* weights2;   // the same for the second; ignored when symmetric
   double* const* out;              // one array per epilogue, rows of `out_stride`, fully written
   i64 out_stride;
+  const View* views = nullptr;  // as many as the epilogues name
 };
 
 struct GramOptions {

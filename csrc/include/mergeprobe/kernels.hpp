@@ -1,5 +1,6 @@
-// The table of inner kernels that each instruction set provides. csrc/cpu/kernels.cpp and
-// tile_*.cpp are compiled once per set; nothing else in the library depends on compiler flags.
+// The table of inner kernels that each instruction set provides. csrc/cpu/kernels.cpp,
+// tile_*.cpp and set_kernels.cpp are compiled once per set; nothing else in the library depends on
+// compiler flags.
 #pragma once
 #include "mergeprobe/types.hpp"
 
@@ -32,6 +33,7 @@ struct GemmKernels {
 };
 
 struct TileKernels;
+struct SetKernels;
 
 struct Kernels {
   const char* isa;
@@ -42,6 +44,7 @@ struct Kernels {
   // used, or -1 when it did not converge.
   int (*jacobi_svd)(double* work, i64 m, i64 n, double* v);
   const TileKernels* tiles;  // mergeprobe/tile_kernels.hpp
+  const SetKernels* sets;    // mergeprobe/sets.hpp
 };
 
 // Instruction sets in order of preference, only those compiled in and present on this CPU.

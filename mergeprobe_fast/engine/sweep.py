@@ -1,0 +1,36 @@
+"""The canonical factors of a whole zoo, a few modules at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mergeprobe_fast.engine import passes
+from mergeprobe_fast.engine.chunks import CanonicalFactors, plan_chunks, read_ahead
+from mergeprobe_fast.engine.project import ChunkFactors
+from mergeprobe_fast.zoo import Zoo
+
+
+class Swept(ChunkFactors):
+    """A chunk: ``adapter`` and ``sigma`` (descending, zero padded) of each of its entries."""
+
+    adapter: np.ndarray
+    sigma: np.ndarray
+
+
+def sweep(zoo: Zoo, threads: int) -> Iterator[Swept]:
+    """Every chunk of a zoo in turn, valid until the next one is asked for.
+
+    Raises:
+        InputError: a file that changed, or a factor that is not finite; names file and key.
+    """
+    chunks = plan_chunks(zoo, np.arange(len(zoo)), passes.CHUNK_BYTES)
+    canonical = CanonicalFactors(max((c.canonical_floats for c in chunks), default=0))
+    for raw in read_ahead(zoo, chunks, threads):
+        form = canonical.compute(raw, threads)
+        chunk = Swept(raw, form)
+        chunk.adapter = raw.entries["adapter"]
+        # A delta below the rounding of its factors counts as zero.
+        chunk.sigma = np.where(form.rank[:, None] > 0, form.sigma, 0.0)
+        yield chunk

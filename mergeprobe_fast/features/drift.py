@@ -1,0 +1,267 @@
+"""Per adapter: what its update does to the outputs of its modules, on calibration samples.
+
+The drift of a module is the output W x that an update adds; C = X^T X / T as in
+:mod:`.disturbance`. Medians over output channels are columns of pairs too: single channels of huge
+outputs, which models have, do not decide them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergeprobe_fast.engine.samples import Samples
+from mergeprobe_fast.engine.sweep import Swept, sweep
+from mergeprobe_fast.features.declare import AdapterColumn, Family, ratio
+from mergeprobe_fast.features.twins import directed
+from mergeprobe_fast.recorded import Recorded
+from mergeprobe_fast.zoo import Zoo
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """Of N adapters: sums over their modules on their own domain, and medians on every domain.
+
+    A delta that is zero everywhere has NaN.
+    """
+
+    of: np.ndarray  # (N,) each adapter's domain
+    energy: np.ndarray  # (N,) mean ||W x||^2, summed
+    relative: np.ndarray  # (N,) the same over mean ||W_0 x||^2, mean over modules
+    rank: np.ndarray  # (N,) effective rank of W C W^T, mean over modules weighted by energy
+    top: np.ndarray  # (N,) sum of the largest eigenvalues over the sum of all
+    median: np.ndarray  # (N, D) median over channels of relative energies, mean over modules
+
+
+class _Sums:
+    """Sums over modules, by adapter."""
+
+    def __init__(self, count: int, domains: int) -> None:
+        self.energy, self.relative, self.modules = np.zeros((3, count))
+        self.rank, self.top = np.zeros((2, count))
+        self.median = np.zeros((count, domains))
+        self.alive = np.zeros(count, bool)
+
+
+def _compute(zoo: Zoo, recorded: Recorded, threads: int) -> Drift:
+    samples, of = Samples.of_adapters(zoo, recorded, np.arange(len(zoo)))
+    sums = _Sums(len(zoo), len(samples.domains))
+    for chunk in sweep(zoo, threads):
+        for modules in samples.groups(chunk.modules):
+            _add(sums, chunk, modules, samples, of)
+
+    def per(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return ratio(values, np.where(sums.alive, weight, 0.0))
+
+    one = np.ones(len(zoo))
+    return Drift(
+        of, per(sums.energy, one), per(sums.relative, sums.modules),
+        per(sums.rank, sums.energy), per(sums.top, sums.energy),
+        per(sums.median.T, sums.modules).T,
+    )  # fmt: skip
+
+
+def _add(
+    sums: _Sums, chunk: Swept, modules: list[int], samples: Samples, of: np.ndarray
+) -> None:  # fmt: skip
+    """Account for modules with the same inputs."""
+    everything = chunk.entries(modules)
+    np.add.at(sums.modules, chunk.adapter[everything], 1.0)
+    here = everything[chunk.rank[everything] > 0]
+    if len(here) == 0:
+        return
+    stack = chunk.stack("v", here)
+    bounds = np.concatenate([[0], np.cumsum(chunk.rank[here])])
+    sigma = [chunk.sigma[i, : chunk.rank[i]] for i in here]
+    # The second moments of S V^T x, with S the singular values: (ranks, ranks) per entry.
+    inner: list[list[np.ndarray]] = [[] for _ in here]
+    for d, count in enumerate(samples.counts):
+        x, factor = samples.inputs(d, chunk.modules[modules[0]].name)
+        seen = x @ stack
+        for k, s in enumerate(sigma):
+            part = seen[:, bounds[k] : bounds[k + 1]].astype(np.float64) * (s * factor)
+            inner[k].append(part.T @ part / count)
+    module_of = np.searchsorted(chunk.bounds, here, side="right") - 1
+    base: dict[int, np.ndarray] = {
+        k: np.array([samples.calibration.output_moment(d, chunk.modules[k].name)
+                     for d in samples.domains])
+        for k in dict.fromkeys(module_of.tolist())
+    }  # fmt: skip
+    for k, i in enumerate(here):
+        adapter, moments = chunk.adapter[i], base[int(module_of[k])]
+        d = of[adapter]
+        values = np.maximum(np.linalg.eigvalsh(inner[k][d]), 0.0)
+        energy = values.sum()
+        sums.alive[adapter] = True
+        sums.energy[adapter] += energy
+        sums.top[adapter] += values[-1]
+        sums.rank[adapter] += energy * _effective_rank(values)
+        sums.relative[adapter] += _over(energy, moments[d].sum())
+        u = chunk.vectors("u", i).astype(np.float64)
+        moved = u @ np.concatenate(inner[k], axis=1)  # one product, for every domain
+        channels = np.einsum("or,odr->do", u, moved.reshape(len(u), -1, u.shape[1]))
+        sums.median[adapter] += [_median(*x) for x in zip(channels, moments, strict=True)]
+
+
+def _over(top: float, bottom: float) -> float:
+    return top / bottom if bottom > 0 else np.nan
+
+
+def _median(energies: np.ndarray, base: np.ndarray) -> float:
+    """Median over the channels that the base model uses."""
+    used = base > 0
+    return float(np.median(energies[used] / base[used])) if used.any() else np.nan
+
+
+def _effective_rank(values: np.ndarray) -> float:
+    """exp of the entropy of the eigenvalues over their sum; 0 where that is 0."""
+    if not values.any():
+        return 0.0
+    p = values[values > 0] / values.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def _shifts(zoo: Zoo, recorded: Recorded, threads: int) -> np.ndarray:
+    """(N, modules) 1 - CKA of base and adapted outputs on the own domain, NaN where undefined."""
+    samples, of = Samples.of_adapters(zoo, recorded, np.arange(len(zoo)))
+    found = np.full((len(zoo), len(zoo.modules)), np.nan)
+    place = {m.name: k for k, m in enumerate(zoo.modules)}
+    for chunk in sweep(zoo, threads):
+        for k, module in enumerate(chunk.modules):
+            here = chunk.entries([k])
+            for d in dict.fromkeys(of[chunk.adapter[here]].tolist()):
+                base = _Base(samples, d, module.name)
+                for i in here[of[chunk.adapter[here]] == d]:
+                    if chunk.rank[i] > 0:
+                        right = chunk.vectors("v", i) * chunk.sigma[i, : chunk.rank[i]]
+                        found[chunk.adapter[i], place[module.name]] = base.shift(
+                            chunk.vectors("u", i).astype(np.float64), right
+                        )
+    return found
+
+
+class _Base:
+    """The base module's inputs and outputs at the samples of a domain."""
+
+    def __init__(self, samples: Samples, d: int, module: str) -> None:
+        x = samples.calibration.inputs(samples.domains[d], module)
+        y = samples.calibration.outputs(samples.domains[d], module)
+        self._x = x.astype(np.float64)
+        self._y = y.astype(np.float64)
+        self._y -= self._y.mean(0)
+        self._gram = _u_centred(self._y @ self._y.T)
+
+    def shift(self, left: np.ndarray, right: np.ndarray) -> float:
+        """1 - CKA of Y and Y + X right left^T, without the difference of two nearly equal numbers.
+
+        With K the U-centred Gram of Y and E what the update adds to it, it is 1 - cos(K, K + E):
+        sin^2 / (1 + cos), where sin is the part of E across K.
+        """
+        if len(self._x) < 4:
+            return np.nan  # the unbiased HSIC is not defined
+        p = self._x @ right
+        p -= p.mean(0)
+        cross = (self._y @ left) @ p.T
+        change = _u_centred(cross + cross.T + p @ p.T)
+        square = np.square(self._gram).sum()
+        size = np.square(self._gram + change).sum()
+        if not (square > 0 and size > 0):
+            return np.nan
+        along = (self._gram * change).sum() / square
+        cosine = (1 + along) * np.sqrt(square / size)
+        if cosine <= 0:
+            return float(1 - cosine)
+        return float(np.square(change - along * self._gram).sum() / size / (1 + cosine))
+
+
+def _u_centred(gram: np.ndarray) -> np.ndarray:
+    """U-centred (Szekely and Rizzo 2014): inner products of these are unbiased HSIC, scaled."""
+    n = len(gram)
+    if n < 4:
+        return np.zeros_like(gram)
+    gram = gram.copy()
+    np.fill_diagonal(gram, 0.0)
+    rows = gram.sum(0) / (n - 2)
+    gram += rows.sum() / (n - 1) - rows[:, None] - rows[None, :]
+    np.fill_diagonal(gram, 0.0)
+    return gram
+
+
+def _moments_missing(recorded: Recorded) -> str | None:
+    if recorded.calibration is None or not recorded.calibration.has_output_moments:
+        return "a calibration with output moments"
+    return None
+
+
+def _outputs_missing(recorded: Recorded) -> str | None:
+    if recorded.calibration is None or not recorded.calibration.has_outputs:
+        return "a calibration with outputs"
+    return None
+
+
+def _over_modules(reduce: Callable[..., np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    def finish(shifts: np.ndarray) -> np.ndarray:
+        out = np.full(len(shifts), np.nan)
+        some = ~np.isnan(shifts).all(1)
+        out[some] = reduce(shifts[some], axis=1)
+        return out
+
+    return finish
+
+
+FAMILY = Family(
+    "drift", missing=_moments_missing, compute=_compute, title="Disturbance of typical channels",
+    pairs=directed(
+        "disturbance_median", "Disturbance of {a} by {b}, median channel",
+        "Root mean square over {b}'s modules of the median over output channels of how much {b} "
+        "changes them on {a}'s domain, sqrt(mean (W_{b} x)_o^2 / mean (W_0 x)_o^2).",
+        lambda data, victim, partner: np.sqrt(data.median[partner, data.of[victim]]),
+        low=0.0, source="OSRM's interference, over base",
+    ),
+    adapters=(
+        AdapterColumn(
+            "drift", "Drift", "Root of mean ||W x||^2 on the adapter's own domain, over all "
+            "modules.", lambda data: np.sqrt(data.energy), "standard",
+        ),
+        AdapterColumn(
+            "self_disturbance", "Own disturbance", "Root mean square over modules of how much the "
+            "update changes their outputs on its own domain, mean ||W x||^2 / mean ||W_0 x||^2.",
+            lambda data: np.sqrt(data.relative), "OSRM's interference, over base",
+        ),
+        AdapterColumn(
+            "self_disturbance_median", "Own disturbance, median channel",
+            "The same of the median output channel of each module.",
+            lambda data: np.sqrt(data.median[np.arange(len(data.of)), data.of]),
+            "OSRM's interference, over base",
+        ),
+        AdapterColumn(
+            "drift_effective_rank", "Effective rank of the drift",
+            "exp of the entropy of the eigenvalues of W C W^T over their sum, on the own domain; "
+            "mean over modules weighted by drift energy.", lambda data: data.rank,
+            "Roy and Vetterli",
+        ),
+        AdapterColumn(
+            "drift_top_share", "Top share of the drift",
+            "Share of the drift's energy in the first principal direction of each module.",
+            lambda data: data.top, "standard",
+        ),
+    ),
+)  # fmt: skip
+
+OUTPUT_FAMILY = Family(
+    "output_shift", missing=_outputs_missing, compute=_shifts, title="Shift of representations",
+    adapters=(
+        AdapterColumn(
+            "output_shift", "Output shift",
+            "1 - CKA of each module's outputs without and with the update, on its own domain, "
+            "with the unbiased HSIC; mean over modules. 0: same up to rotation and scale.",
+            _over_modules(np.nanmean), "CKA (Kornblith 2019) with the HSIC of Song 2012",
+        ),
+        AdapterColumn(
+            "output_shift_max", "Largest output shift", "The largest of the modules' shifts.",
+            _over_modules(np.nanmax), "CKA (Kornblith 2019) with the HSIC of Song 2012",
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,297 @@
+"""What a set could keep: with its atoms reweighted or pruned, and with any merge at all.
+
+Errors are those of :mod:`.set_grams`, ``e_i = |M - W_i|^2 / |W_i|^2`` on the inputs of member i's
+own domain, each module's energy relative to the base module's where output moments were recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergeprobe_fast import _env
+from mergeprobe_fast.engine.sets import RIDGE, set_statistics
+from mergeprobe_fast.features.declare import ratio
+from mergeprobe_fast.features.set_declare import (
+    SetFeature,
+    SetGroup,
+    SetRequest,
+    Values,
+    over,
+    plain,
+)
+from mergeprobe_fast.features.set_modules import (
+    ModuleAtoms,
+    each_set,
+    module_atoms,
+    subzoo,
+    used_adapters,
+)
+from mergeprobe_fast.io.calibration import Calibration
+from mergeprobe_fast.merging.activation import inputs, require
+from mergeprobe_fast.merging.merge import run
+from mergeprobe_fast.merging.methods import MergeRequest
+from mergeprobe_fast.merging.registry import MERGE_METHODS
+from mergeprobe_fast.merging.source import ZooSource
+from mergeprobe_fast.recorded import Recorded
+
+_REGMEAN_RIDGE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class _Scale:
+    """How energies of a module on a domain count: 1, or 1 over the base module's own."""
+
+    calibration: Calibration
+    relative: bool
+
+    def of(self, domain: str, module: str) -> float:
+        if not self.relative:
+            return 1.0
+        base = float(self.calibration.output_moment(domain, module).sum())
+        return 1.0 / base if base > 0 else np.nan
+
+
+def _own_energy(request: SetRequest) -> tuple[np.ndarray, np.ndarray, _Scale]:
+    """|W_i|^2 of every adapter on its own domain; which sets have an optimum; how modules count."""
+    totals, domain_of = request.totals, request.domain_of
+    relative = totals.relative is not None
+    grams = totals.relative if relative else totals.inputs
+    at = np.arange(len(request.zoo))
+    energy = grams[domain_of, at, at]
+
+    def solvable(members: np.ndarray) -> bool:
+        block = grams[domain_of[members, None, None], members[:, None], members]
+        return bool((energy[members] > 0).all() and np.isfinite(block).all())
+
+    sets = np.array([solvable(row[row >= 0]) for row in request.members], bool)
+    return energy, sets, _Scale(request.recorded.calibration, relative)
+
+
+@_env.one_blas_thread()
+def _atoms(request: SetRequest) -> Values:
+    calibration, domain_of = request.recorded.calibration, request.domain_of
+    names = request.totals.domains
+    energy, solvable, scale = _own_energy(request)
+    used = used_adapters(request)
+    require(calibration, subzoo(request, used).modules)
+    shape = request.members.shape
+    error = {name: np.zeros(shape) for name in ("atom", "pruned")}
+    harmful, total = np.zeros(shape), np.zeros(shape)
+    kept, count = np.zeros(shape[0]), np.zeros(shape[0])
+    for m in module_atoms(request):
+        grams = _seen(request, m, np.unique(domain_of[used]), names, scale)
+
+        def add(s: int, members: np.ndarray, m: ModuleAtoms = m, grams: dict = grams) -> None:
+            rows, owner = m.of(members)
+            if len(rows) == 0 or not solvable[s]:
+                return
+            problem = _Problem(m, rows, owner, [grams[t] for t in domain_of[members]],
+                               1.0 / energy[members])  # fmt: skip
+            for name, z in (("atom", problem.solve()), ("pruned", problem.prune())):
+                error[name][s, : len(members)] += problem.errors(z)
+            kept[s] += np.count_nonzero(z)
+            count[s] += len(z)
+            own, bad = problem.harmful()
+            harmful[s, : len(members)] += np.bincount(owner, np.where(bad, own, 0.0), len(members))
+            total[s, : len(members)] += np.bincount(owner, own, len(members))
+
+        each_set(request, add)
+    undefined = ~solvable[:, None]
+    out = {f"{name}_retention": np.where(undefined, np.nan, 1 - e) for name, e in error.items()}
+    share = np.where(undefined, np.nan, ratio(harmful, total))
+    kept = np.where(solvable, ratio(kept, count), np.nan)
+    best = 1 - _reweighted_error(request)
+    return out | {
+        "harmful": share, "kept": kept,
+        "gap": _mean(request, out["atom_retention"]) - _mean(request, best),
+    }  # fmt: skip
+
+
+def _seen(
+    request: SetRequest, m: ModuleAtoms, domains: np.ndarray, names: tuple[str, ...], scale: _Scale
+) -> dict[int, np.ndarray]:
+    """The right atoms at the samples of each domain, (atoms, T), scaled to energies that count."""
+    seen = {}
+    for t in domains:
+        x = inputs(request.recorded.calibration, names[t], m.module)
+        factor = np.sqrt(scale.of(names[t], m.module.name) / len(x))
+        seen[int(t)] = (m.atoms.right @ x.T.astype(np.float64)) * factor
+    return seen
+
+
+class _Problem:
+    """``min_z sum_i lambda_i |sum_a z_a W_a - W_i|^2_{C_i}`` over the atoms W_a of one module."""
+
+    def __init__(
+        self, m: ModuleAtoms, rows: np.ndarray, owner: np.ndarray, seen: list[np.ndarray],
+        lambdas: np.ndarray,
+    ) -> None:  # fmt: skip
+        self.owner, self.lambdas = owner, lambdas
+        left = m.atoms.left[rows] * m.atoms.sigma[rows, None]
+        outer = left @ left.T
+        made: dict[int, np.ndarray] = {}  # members of one domain share it
+        for x in seen:
+            if id(x) not in made:
+                made[id(x)] = outer * (x[rows] @ x[rows].T)
+        self.grams = [made[id(x)] for x in seen]
+        self.h = sum(w * q for w, q in zip(lambdas, self.grams, strict=True))
+        self.b = sum(
+            w * q[:, owner == i].sum(axis=1)
+            for i, (w, q) in enumerate(zip(lambdas, self.grams, strict=True))
+        )
+        # An atom that no input excites gets weight 0, whatever its ridge.
+        diagonal = np.diagonal(self.h)
+        ridge = np.where(diagonal > 0, RIDGE * diagonal, max(diagonal.max(), 1.0))
+        self.factor = np.linalg.cholesky(self.h + np.diag(ridge))
+
+    def solve(self) -> np.ndarray:
+        """The best weight of every atom."""
+        from scipy.linalg import cho_solve
+
+        return cho_solve((self.factor, True), self.b)
+
+    def prune(self) -> np.ndarray:
+        """The best weights that are not negative; atoms at 0 are dropped."""
+        from scipy.linalg import solve_triangular
+        from scipy.optimize import nnls
+
+        target = solve_triangular(self.factor, self.b, lower=True)
+        return nnls(self.factor.T, target, maxiter=50 * len(target))[0]
+
+    def errors(self, z: np.ndarray) -> np.ndarray:
+        """What this module adds to each member's e_i."""
+        apart = [z - (self.owner == i) for i in range(len(self.grams))]
+        return np.array([
+            w * max(0.0, float(d @ q @ d))
+            for w, q, d in zip(self.lambdas, self.grams, apart, strict=True)
+        ])  # fmt: skip
+
+    def harmful(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each atom's energy on its owner's inputs; whether it does the others more harm than that.
+
+        Both relative to the energies of those who gain or are harmed.
+        """
+        each = np.array([w * np.diagonal(q) for w, q in zip(self.lambdas, self.grams, strict=True)])
+        own = each[self.owner, np.arange(len(self.owner))]
+        return own, own < each.sum(axis=0) - own
+
+
+def _reweighted_error(request: SetRequest) -> np.ndarray:
+    found = set_statistics(
+        request.totals, request.members, request.weights, request.domain_of,
+        which=["reweighted"], threads=request.threads,
+    )  # fmt: skip
+    return found["reweighted_error"]
+
+
+def _mean(request: SetRequest, values: np.ndarray) -> np.ndarray:
+    there = request.members >= 0
+    return np.where(there, values, 0.0).sum(axis=1) / there.sum(axis=1)
+
+
+def _optimum(request: SetRequest) -> Values:
+    recorded, method = request.recorded, MERGE_METHODS["regmean"]
+    energy, solvable, scale = _own_energy(request)
+    retention = np.full(request.members.shape, np.nan)
+    arguments = method.defaults | {"off_diagonal": 1.0, "ridge": _REGMEAN_RIDGE}
+    for s, row in enumerate(request.members):
+        members = row[row >= 0]
+        if not solvable[s]:
+            continue
+        source = ZooSource(subzoo(request, members))
+        domains = tuple(recorded.domains[int(i)] for i in members)
+        counts = np.array([[scale.of(g, m.name) for g in domains] for m in source.modules])
+        merge = MergeRequest(
+            source, counts / energy[members], None, None, request.threads, arguments,
+            request.progress, recorded.calibration, domains,
+        )  # fmt: skip
+        error = np.zeros(len(members))
+        for k, module in enumerate(run(method, merge)):
+            error += counts[k] * module.details["outputs"]["full"]
+        retention[s, : len(members)] = 1 - error / energy[members]
+    return {
+        "retention": retention,
+        "gap": _mean(request, retention) - _mean(request, 1 - _reweighted_error(request)),
+    }
+
+
+def _needs_inputs(recorded: Recorded) -> str | None:
+    return None if recorded.calibration is not None else "a calibration"
+
+
+def _worst_and_mean(value: str, key: str, title: str, definition: str) -> list[SetFeature]:
+    return [
+        SetFeature(f"{value}_{short}", f"{title}, {text}", definition, over(how, key), None, 1.0,
+                   "ours")
+        for how, short, text in (("min", "worst", "the worst member"),
+                                 ("mean", "mean", "mean over members"))
+    ]  # fmt: skip
+
+
+GROUPS = (
+    SetGroup(
+        "atoms", _needs_inputs, _atoms,
+        (
+            *_worst_and_mean(
+                "atom_retention", "atom_retention", "Retention proxy, best weights of atoms",
+                "1 - e_i when every singular triple of every member's module has its own weight, "
+                "those that make the mean of all e_i least.",
+            ),
+            *_worst_and_mean(
+                "pruned_retention", "pruned_retention", "Retention proxy, atoms pruned",
+                "The same with no weight below 0: atoms that only do harm are dropped.",
+            ),
+            SetFeature(
+                "atoms_kept", "Atoms kept", "Share of the atoms whose weight is above 0 there.",
+                plain("kept"), 0.0, 1.0, "ours",
+            ),
+            SetFeature(
+                "atom_gap", "What weights of atoms buy",
+                "atom_retention_mean - reweighted_retention_mean.", plain("gap"), 0.0,
+                source="ours",
+            ),
+            SetFeature(
+                "harmful_energy_mean", "Harmful energy, mean over members",
+                "Share of a member's output energy on its own domain that lies in atoms which add "
+                "more, in sum, to the others' relative energies on theirs.",
+                over("mean", "harmful"), 0.0, 1.0, "ours",
+            ),
+            SetFeature(
+                "harmful_energy_max", "Harmful energy, largest of the members",
+                "See harmful_energy_mean.", over("max", "harmful"), 0.0, 1.0, "ours",
+            ),
+            SetFeature(
+                "harmful_energy", "Harmful energy", "Of each member.", plain("harmful"), 0.0, 1.0,
+                "ours", per_member=True,
+            ),
+            SetFeature(
+                "pruned_retention", "Retention proxy, atoms pruned", "Of each member.",
+                plain("pruned_retention"), None, 1.0, "ours", per_member=True,
+            ),
+        ),
+        default=False,
+    ),
+    SetGroup(
+        "optimum", _needs_inputs, _optimum,
+        (
+            *_worst_and_mean(
+                "regmean_retention", "retention", "Retention proxy, RegMean",
+                "1 - e_i of the delta, of any rank, that makes the mean of all e_i least on the "
+                f"samples (RegMean, off_diagonal 1, ridge {_REGMEAN_RIDGE:g}). With fewer samples "
+                "than inputs it fits them more closely than it would other inputs.",
+            ),
+            SetFeature(
+                "optimum_gap", "What a free merge buys",
+                "regmean_retention_mean - reweighted_retention_mean.", plain("gap"), 0.0,
+                source="ours",
+            ),
+            SetFeature(
+                "regmean_retention", "Retention proxy, RegMean", "Of each member.",
+                plain("retention"), None, 1.0, "ours", per_member=True,
+            ),
+        ),
+        default=False,
+    ),
+)  # fmt: skip
