@@ -7,6 +7,7 @@ The two lines about ProbeCallback are all that a training script of one's own ne
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true")
     options = parser.parse_args()
     # The gradient of a snapshot is that of the step behind it.
-    stop = round(options.stop_at * options.steps) + 1
+    stop = math.ceil(options.stop_at * options.steps) + 1
     for seed, domain in enumerate(options.domains):
         train(domain, options.out, options.steps, stop, seed, options.overwrite)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 from mergeprobe_fast.errors import InputError
@@ -100,6 +101,8 @@ class Probes(Mapping[str, tuple[Snapshot, ...]]):
         return sorted(common, reverse=True)
 
     def _at(self, names: Sequence[str], fraction: float) -> dict[str, Snapshot]:
+        if isinstance(fraction, bool) or not isinstance(fraction, Real):
+            raise InputError(f"expected a share of training, got {fraction!r}", key="at")
         chosen = {}
         for name in names:
             found = _find(self[name], fraction)

@@ -34,6 +34,18 @@ class Recorded:
 NOTHING = Recorded()
 
 
+def lacks_calibration(recorded: Recorded) -> str | None:
+    """What is missing, in a phrase, where there is no calibration."""
+    return "a calibration" if recorded.calibration is None else None
+
+
+def lacks_output_moments(recorded: Recorded) -> str | None:
+    """The same where there is none with output moments."""
+    if recorded.calibration is None or not recorded.calibration.has_output_moments:
+        return "a calibration with output moments"
+    return None
+
+
 def open_recorded(
     zoo: Zoo,
     calibration: Calibration | Folder | None = None,
@@ -68,6 +80,8 @@ def open_recorded(
         without = [n for n in zoo.names if points and f"trained:{n}" not in points.points]
         if without:
             notes += (f"calibrated without a point of: {', '.join(without)}",)
+        if zoo.base_model is not None and zoo.base_model != opened.base_model:
+            notes += (f"calibration of {opened.base_model!r}, taken to be {zoo.base_model!r}",)
         notes += tuple(f"calibration: {note}" for note in opened.notes)
     elif domains is not None:
         raise InputError("given without a calibration", key="domains")

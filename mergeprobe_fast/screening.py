@@ -131,7 +131,10 @@ def _families(
 ) -> dict[str, Any]:
     """What each family of columns is made from."""
     count = _env.threads_or_default(threads)
-    return {f.name: f.compute(zoo, recorded, count) for f in chosen.families}
+    if not chosen.families:
+        return {}
+    with _env.one_blas_thread():
+        return {f.name: f.compute(zoo, recorded, count) for f in chosen.families}
 
 
 def _pair_table(

@@ -9,6 +9,8 @@ import pytest
 from adapters import make_adapter
 from command_line import Run, assert_refused, runner, strict_json
 from dense_merge import deltas, digests, merge_json
+from probes import make_run
+from pyarrow.parquet import read_table
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -161,3 +163,34 @@ def test_calibrate_with_what_is_no_zoo_is_refused(cli, made):
     ran = calibrate(cli, made, "--adapters", made / "zoo", "--same-base")
     assert ran.code == 0, ran.err
     assert len(open_points(made / "cal").adapters) == 4
+
+
+def test_from_a_calibration_at_probes_to_an_early_screen(cli, made, rng):
+    """Every kind of column, and each only when what it is made from is given."""
+    for name in ("math", "code"):
+        make_run(made / "runs" / name, rng, SHAPES)
+    ran = calibrate(cli, made, "--adapters", made / "runs", "--at", "10%", "--gradients",
+                    "--labels", "both")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "screen --calibration" in ran.out
+    assert list(open_points(made / "cal").adapters) == ["code", "math"]
+    words = ("screen", "--probes", made / "runs", "--at", "0.1", "--out")
+    assert cli(*words, made / "plain").code == 0
+    ran = cli(*words, made / "full", "--calibration", made / "cal", "--features", "all")
+    assert ran.code == 0, ran.err
+    plain, full = (read_table(made / name / "pairs.parquet").column_names
+                   for name in ("plain", "full"))  # fmt: skip
+    recorded = ("probe_cosine", "damage_trained_a_by_b", "gradient_cosine_base",
+                "fisher_cosine_base_b", "cross_to_self_b_by_a", "kfac_cosine_base_a")  # fmt: skip
+    assert [name in plain for name in recorded] == [True] + [False] * 5
+    assert all(name in full for name in recorded)
+    assert set(plain) < set(full)
+    assert strict_json((made / "full" / "summary.json").read_text())["adapters"] == 2
+
+
+def test_at_needs_adapters_and_runs(cli, made):
+    assert_refused(calibrate(cli, made, "--at", "5%"), "--at: given without --adapters")
+    assert_refused(calibrate(cli, made, "--at", "5", "--adapters", made / "zoo"), "between 0 and 1")
+    ran = calibrate(cli, made, "--at", "5%", "--adapters", made / "zoo")
+    assert ran.code == 2 and "zoo" in ran.err
+    assert not (made / "cal").exists()

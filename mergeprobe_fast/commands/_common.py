@@ -85,6 +85,18 @@ def reads_recorded(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def domains_of(options: argparse.Namespace, zoo: Any) -> dict[str, str] | None:
+    """What ``--domain`` says, less what it says of adapters that ``--skip-bad`` left out."""
+    given = named_values(options.domains, "--domain")
+    ends = [(s.path.parts, s.path.with_suffix("").parts) for s in zoo.skipped]
+
+    def left_out(name: str) -> bool:
+        parts = Path(name).parts
+        return any(parts == end[-len(parts) :] for both in ends for end in both)
+
+    return {n: d for n, d in given.items() if n in zoo.names or not left_out(n)} or None
+
+
 def fraction(text: str) -> float:
     """``5%`` or ``0.05``."""
     number = text.removesuffix("%")

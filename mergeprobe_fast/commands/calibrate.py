@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from mergeprobe_fast.commands._common import (
     OK,
     SAME_BASE,
     AddCommand,
     console,
+    fraction,
     named_values,
     print_json,
     progress_of,
     writes,
 )
+from mergeprobe_fast.errors import InputError
 
 
 def add(command: AddCommand) -> None:
@@ -49,17 +52,22 @@ def add(command: AddCommand) -> None:
         help="output gradients too, which 'fisher' needs; loads the whole model",
     )  # fmt: skip
     sub.add_argument(
-        "--labels", choices=("model", "data", "both"), default="model",
+        "--labels", choices=("model", "data", "both"),
         help="of the gradients: drawn from the model (default), the text itself, or both",
     )  # fmt: skip
     sub.add_argument("--outputs", action="store_true", help="keep outputs at the samples too")
     sub.add_argument(
         "--adapters", nargs="+", type=Path, metavar="ZOO",
-        help="measure what each does to the loss at the others, on its own domain's texts",
+        help="also how the loss changes along each of these, at the base and with each of them on "
+        "its own domain's texts; loads the whole model",
     )  # fmt: skip
     sub.add_argument(
         "--domain", action="append", default=[], metavar="ADAPTER=DOMAIN", dest="domains",
-        help="of an adapter (default: the domain that its name begins with)",
+        help="of the adapters (default: the domain that an adapter's name begins with)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--at", type=fraction, metavar="F",
+        help="the adapters are probe runs: their snapshots at this share of training, say 5%%",
     )  # fmt: skip
     sub.add_argument("--same-base", action="store_true", help=SAME_BASE)
     sub.add_argument(
@@ -72,10 +80,9 @@ def add(command: AddCommand) -> None:
 def run(options: argparse.Namespace) -> int:
     from mergeprobe_fast.record import data_arguments, plan_calibration
     from mergeprobe_fast.report.calibrate import describe_calibration, print_calibration, print_plan
-    from mergeprobe_fast.zoo import open_zoo
 
     started = time.perf_counter()
-    zoo = options.adapters and open_zoo(options.adapters, same_base=options.same_base)
+    zoo = _adapters(options)
     shown = None if options.json else console()
     plan = plan_calibration(
         options.base, data_arguments(options.data), samples=options.samples,
@@ -96,3 +103,18 @@ def run(options: argparse.Namespace) -> int:
     print_calibration(calibration, shown, options.out)
     shown.print(f"{time.perf_counter() - started:.1f} s", style="dim")
     return OK
+
+
+def _adapters(options: argparse.Namespace) -> Any:
+    """The zoo of ``--adapters``: adapters, or with ``--at`` the snapshots of probe runs."""
+    if options.adapters is None:
+        if options.at is not None:
+            raise InputError("given without --adapters", key="--at")
+        return None
+    if options.at is not None:
+        from mergeprobe_fast.probes import find_probes
+
+        return find_probes(options.adapters).zoo(options.at)
+    from mergeprobe_fast.zoo import open_zoo
+
+    return open_zoo(options.adapters, same_base=options.same_base)

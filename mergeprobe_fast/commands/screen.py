@@ -12,8 +12,8 @@ from mergeprobe_fast.commands._common import (
     AddCommand,
     complain,
     console,
+    domains_of,
     fraction,
-    named_values,
     open_zoo,
     opens,
     print_json,
@@ -102,5 +102,4 @@ def _opened(options: argparse.Namespace) -> tuple[Any, Any]:
 def _recorded(zoo: Any, probes: Any, options: argparse.Namespace) -> Any:
     from mergeprobe_fast.recorded import open_recorded
 
-    domains = named_values(options.domains, "--domain") or None
-    return open_recorded(zoo, options.calibration, domains, probes, options.at)
+    return open_recorded(zoo, options.calibration, domains_of(options, zoo), probes, options.at)

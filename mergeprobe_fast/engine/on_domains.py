@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mergeprobe_fast import _env
 from mergeprobe_fast.engine.chunks import CanonicalChunk, RawChunk
 from mergeprobe_fast.engine.p1 import Side, View, alone, fused, outputs
 from mergeprobe_fast.engine.project import (
@@ -28,6 +29,7 @@ class DomainGrams:
     ``take`` gets; the others are passes of their own.
     """
 
+    @_env.one_blas_thread()
     def __init__(
         self, one: Side, two: Side, needs: Sequence[Need], raw: RawChunk, form: CanonicalChunk,
         samples: Samples, threads: int,
@@ -67,6 +69,7 @@ class DomainGrams:
             stacks = left, self._factors.stacks("v")
             self._separate(FISHER, lambda d: self._fisher(stacks, d))
 
+    @_env.one_blas_thread()
     def take(self, results: np.ndarray) -> None:
         """The results of ``riding``; completes the sums."""
         counts = self._samples.counts

@@ -58,7 +58,7 @@ def set_statistics(
         * reweighted: "reweighted_weights", argmin of ``sum_i lambda_i e_i``, and
           "reweighted_error", (sets, widest);
         * minimax: "minimax_weights", argmin of ``max_i e_i``, and "minimax_error", (sets, widest);
-          "minimax_gap" (sets,): the least worst error lies at most this far below.
+          "minimax_gap" (sets,): the least worst error, ridge included, lies at most this far below.
 
     Raises:
         InputError: an argument of the wrong shape or kind, an adapter that does not exist.

@@ -128,6 +128,7 @@ def _module_grams(
         yield k, e["adapter"][rows], part * np.outer(scale, scale) * factor[:, k, None, None]
 
 
+@_env.one_blas_thread()
 def _project(
     raw: RawChunk, bounds: np.ndarray, samples: Samples
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:

@@ -86,9 +86,8 @@ def select(
     """Declarations for "default", "all", or a list of names and of a caller's own declarations.
 
     "all" takes everything that can be computed from what was recorded, "default" all but what
-    costs much and says little. A directed
-    feature brings its twin along. InputError for a name that does not exist (the message lists
-    those that do), or that needs what is missing.
+    costs much and says little. A directed feature brings its twin along. InputError for a name
+    that does not exist (the message lists those that do), or that needs what is missing.
     """
     if features in ("default", "all"):
         families = [f for f in FAMILIES if f.missing(recorded) is None]
@@ -107,6 +106,8 @@ def select(
         if isinstance(f, str) and f not in PAIR_FEATURES:
             known = ", ".join(PAIR_FEATURES)
             raise InputError(f"no feature {f!r}; there are: {known}", key="features")
+        if not isinstance(f, (str, Feature, PairColumn)):
+            raise InputError(f"expected names or declarations, got {f!r}", key="features")
         chosen.append(PAIR_FEATURES[f] if isinstance(f, str) else f)
     if len({f.name for f in chosen}) != len(chosen):
         raise InputError("a feature is named twice", key="features")

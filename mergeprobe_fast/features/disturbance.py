@@ -25,19 +25,9 @@ from mergeprobe_fast.features.declare import (
     Sums,
     ratio,
 )
-from mergeprobe_fast.recorded import Recorded
+from mergeprobe_fast.recorded import Recorded, lacks_calibration, lacks_output_moments
 
 Missing = Callable[[Recorded], str | None]
-
-
-def _inputs(recorded: Recorded) -> str | None:
-    return "a calibration" if recorded.calibration is None else None
-
-
-def _output_moments(recorded: Recorded) -> str | None:
-    if recorded.calibration is None or not recorded.calibration.has_output_moments:
-        return "a calibration with output moments"
-    return None
 
 
 def _gradients(recorded: Recorded) -> str | None:
@@ -109,7 +99,7 @@ def _disturbance(victim: str, partner: str, _: str) -> Feature:
         "output with its bias.",
         finish, (OUTPUT_RELATIVE,), 0.0, None, None, "",
         directed_twin=f"disturbance_{partner}_by_{victim}", source="OSRM's interference, over base",
-        missing=_output_moments,
+        missing=lacks_output_moments,
     )  # fmt: skip
 
 
@@ -119,11 +109,11 @@ FEATURES = (
     *_cross_to_self(
         "cross_to_self", "Cross to self",
         "outputs, each module's mean ||W x||^2 divided by the base module's mean ||W_0 x||^2",
-        OUTPUT_RELATIVE, _output_moments,
+        OUTPUT_RELATIVE, lacks_output_moments,
     ),
     *_cross_to_self(
         "cross_to_self_raw", "Cross to self, raw",
-        "outputs, mean ||W x||^2 summed over modules as it is", OUTPUT, _inputs,
+        "outputs, mean ||W x||^2 summed over modules as it is", OUTPUT, lacks_calibration,
         " Modules with large inputs count most.",
     ),
     *_both(_disturbance),
@@ -131,19 +121,20 @@ FEATURES = (
         "activation_cosine", "Activation cosine",
         "Cosine of the outputs that the two updates add, mean of W_a x . W_b x over their root "
         "mean squares, on the samples of {domain}'s domain (not centred).",
-        OUTPUT, _inputs, _SPREAD, "standard",
+        OUTPUT, lacks_calibration, _SPREAD, "standard",
     ),
     *_cosine(
         "drift_cka", "Drift CKA",
         "Similarity of the outputs that the two updates add to the samples of {domain}'s domain, "
         "up to a rotation of the output: linear CKA, centred, with the unbiased HSIC (which can be "
         "below 0). Needs 4 samples.",
-        OUTPUT_HSIC, _inputs, "0", "CKA (Kornblith 2019) with the HSIC of Song 2012",
+        OUTPUT_HSIC, lacks_calibration, "0", "CKA (Kornblith 2019) with the HSIC of Song 2012",
     ),
     *_cosine(
         "mean_activation_cosine", "Mean activation cosine",
         "Cosine of W_a m and W_b m, where m is the mean input of the samples of {domain}'s domain.",
-        MEAN_OUTPUT, _inputs, "0, with variance 1 / d_out", "2601.22285, module by module",
+        MEAN_OUTPUT, lacks_calibration, "0, with variance 1 / d_out",
+        "2601.22285, module by module",
     ),
     *_cosine(
         "kfac_cosine_base", "K-FAC cosine",

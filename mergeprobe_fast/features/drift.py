@@ -16,7 +16,7 @@ from mergeprobe_fast.engine.samples import Samples
 from mergeprobe_fast.engine.sweep import Swept, sweep
 from mergeprobe_fast.features.declare import AdapterColumn, Family, ratio
 from mergeprobe_fast.features.twins import directed
-from mergeprobe_fast.recorded import Recorded
+from mergeprobe_fast.recorded import Recorded, lacks_output_moments
 from mergeprobe_fast.zoo import Zoo
 
 
@@ -189,12 +189,6 @@ def _u_centred(gram: np.ndarray) -> np.ndarray:
     return gram
 
 
-def _moments_missing(recorded: Recorded) -> str | None:
-    if recorded.calibration is None or not recorded.calibration.has_output_moments:
-        return "a calibration with output moments"
-    return None
-
-
 def _outputs_missing(recorded: Recorded) -> str | None:
     if recorded.calibration is None or not recorded.calibration.has_outputs:
         return "a calibration with outputs"
@@ -212,7 +206,8 @@ def _over_modules(reduce: Callable[..., np.ndarray]) -> Callable[[np.ndarray], n
 
 
 FAMILY = Family(
-    "drift", missing=_moments_missing, compute=_compute, title="Disturbance of typical channels",
+    "drift", missing=lacks_output_moments, compute=_compute,
+    title="Disturbance of typical channels",
     pairs=directed(
         "disturbance_median", "Disturbance of {a} by {b}, median channel",
         "Root mean square over {b}'s modules of the median over output channels of how much {b} "

@@ -68,23 +68,15 @@ class PointData:
 
 def _compute(zoo: Zoo, recorded: Recorded, threads: int) -> PointData:
     points, count = recorded.points, len(zoo)
-    column = {name: j for j, name in enumerate(points.adapters)}
-    known = np.array([i for i, name in enumerate(zoo.names) if name in column], np.int64)
-    for i in known:
-        _refuse_other(zoo, int(i), points)
-    at = np.array([column[zoo.names[i]] for i in known], np.int64)
+    known, at = columns_of(zoo, points, np.arange(count))
     data = PointData(
         Effects.unknown(count), Effects.unknown(count),
         *(np.full(count, np.nan) for _ in range(3)), np.full((count, count), np.nan),
     )  # fmt: skip
     for i in known:
-        key = f"trained:{zoo.names[i]}"
-        if key not in points.points:
+        key = trained_point(zoo, recorded, int(i))
+        if key is None:
             continue
-        domain = points.points[key].domain
-        if domain != recorded.domains[i]:
-            reason = f"was measured on domain {domain!r}, and is of {recorded.domains[i]!r} here"
-            raise InputError(reason, path=points.path, key=key)
         base, here, _ = points.losses(key)
         data.base_loss[i], data.trained_loss[i] = base.mean(), here.mean()
         if len(base) > 1:
@@ -92,16 +84,36 @@ def _compute(zoo: Zoo, recorded: Recorded, threads: int) -> PointData:
         data.trained.fill(points, key, i, known, at)
         parts = points.curvature(key)[:, at]
         data.top_module[i, known] = ratio(parts.max(axis=0), parts.sum(axis=0))
-        if f"base:{domain}" in points.points:
-            data.base.fill(points, f"base:{domain}", i, known, at)
+        base_key = f"base:{recorded.domains[i]}"
+        if base_key in points.points:
+            data.base.fill(points, base_key, i, known, at)
     return data
 
 
-def _refuse_other(zoo: Zoo, index: int, points: Points) -> None:
-    adapter = zoo[index]
-    if fingerprint(adapter) != points.fingerprints[zoo.names[index]]:
-        reason = "is not the adapter of that name whose points the calibration has: calibrate anew"
-        raise InputError(reason, path=adapter.path, key=zoo.names[index])
+def columns_of(zoo: Zoo, points: Points, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of ``adapters`` of a zoo that points know, and the columns of phi that are theirs.
+
+    InputError for another adapter of the same name.
+    """
+    column = {name: j for j, name in enumerate(points.adapters)}
+    known = [int(i) for i in adapters if zoo.names[i] in column]
+    for i in known:
+        if fingerprint(zoo[i]) != points.fingerprints[zoo.names[i]]:
+            reason = "is not the adapter of that name whose points the calibration has: calibrate"
+            raise InputError(f"{reason} anew", path=zoo[i].path, key=zoo.names[i])
+    return np.array(known, np.int64), np.array([column[zoo.names[i]] for i in known], np.int64)
+
+
+def trained_point(zoo: Zoo, recorded: Recorded, index: int) -> str | None:
+    """The key of an adapter's trained point, if there is one; InputError for another domain's."""
+    points, key = recorded.points, f"trained:{zoo.names[index]}"
+    if key not in points.points:
+        return None
+    measured, domain = points.points[key].domain, recorded.domains[index]
+    if measured != domain:
+        reason = f"was measured on domain {measured!r}, and is of {domain!r} here"
+        raise InputError(reason, path=points.path, key=key)
+    return key
 
 
 def _cosine(e: Effects, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ from mergeprobe_fast.merging.merge import run
 from mergeprobe_fast.merging.methods import MergeRequest
 from mergeprobe_fast.merging.registry import MERGE_METHODS
 from mergeprobe_fast.merging.source import ZooSource
-from mergeprobe_fast.recorded import Recorded
+from mergeprobe_fast.recorded import lacks_calibration
 
 _REGMEAN_RIDGE = 1e-6
 
@@ -217,10 +217,6 @@ def _optimum(request: SetRequest) -> Values:
     }
 
 
-def _needs_inputs(recorded: Recorded) -> str | None:
-    return None if recorded.calibration is not None else "a calibration"
-
-
 def _worst_and_mean(value: str, key: str, title: str, definition: str) -> list[SetFeature]:
     return [
         SetFeature(f"{value}_{short}", f"{title}, {text}", definition, over(how, key), None, 1.0,
@@ -232,7 +228,7 @@ def _worst_and_mean(value: str, key: str, title: str, definition: str) -> list[S
 
 GROUPS = (
     SetGroup(
-        "atoms", _needs_inputs, _atoms,
+        "atoms", lacks_calibration, _atoms,
         (
             *_worst_and_mean(
                 "atom_retention", "atom_retention", "Retention proxy, best weights of atoms",
@@ -274,7 +270,7 @@ GROUPS = (
         default=False,
     ),
     SetGroup(
-        "optimum", _needs_inputs, _optimum,
+        "optimum", lacks_calibration, _optimum,
         (
             *_worst_and_mean(
                 "regmean_retention", "retention", "Retention proxy, RegMean",

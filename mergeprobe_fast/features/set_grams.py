@@ -13,7 +13,7 @@ from mergeprobe_fast.features.set_declare import (
     over,
     plain,
 )
-from mergeprobe_fast.recorded import Recorded
+from mergeprobe_fast.recorded import Recorded, lacks_calibration, lacks_output_moments
 
 
 def _geometry(request: SetRequest) -> Values:
@@ -36,14 +36,9 @@ def _retention(raw: bool) -> Callable[[SetRequest], Values]:
     return compute
 
 
-def _needs_inputs(recorded: Recorded) -> str | None:
-    return None if recorded.calibration is not None else "a calibration"
-
-
-def _needs_both(recorded: Recorded) -> str | None:
-    if recorded.calibration is not None and recorded.calibration.has_output_moments:
-        return None
-    return "a calibration with output moments (without them, the other form is this one)"
+def _lacks_both(recorded: Recorded) -> str | None:
+    missing = lacks_output_moments(recorded)
+    return missing and f"{missing} (without them, the other form is this one)"
 
 
 _GEOMETRY = (
@@ -116,7 +111,8 @@ def _features(raw: bool) -> tuple[SetFeature, ...]:
               f"1 - e_i at the weights that make the largest e_i least. {weights}", 1.0),
         SetFeature(
             f"minimax_gap{x}", "Duality gap of the worst-case weights",
-            "By how much the worst retention proxy could still be better, at most.",
+            "By how much the worst retention proxy could still be better, at most, as long as the "
+            "ridge counts: without it, weights far beyond 1 may gain more from near-duplicates.",
             plain("minimax_gap"), 0.0, source="ours",
         ),
         *(
@@ -136,6 +132,6 @@ def _features(raw: bool) -> tuple[SetFeature, ...]:
 
 GROUPS = (
     SetGroup("geometry", lambda recorded: None, _geometry, _GEOMETRY),
-    SetGroup("retention", _needs_inputs, _retention(raw=False), _features(raw=False)),
-    SetGroup("retention_raw", _needs_both, _retention(raw=True), _features(raw=True)),
+    SetGroup("retention", lacks_calibration, _retention(raw=False), _features(raw=False)),
+    SetGroup("retention_raw", _lacks_both, _retention(raw=True), _features(raw=True)),
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from mergeprobe_fast import _env
-from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.features.points import columns_of, trained_point
 from mergeprobe_fast.features.set_declare import (
     SetFeature,
     SetGroup,
@@ -21,8 +21,6 @@ from mergeprobe_fast.features.set_declare import (
     plain,
 )
 from mergeprobe_fast.features.set_modules import used_adapters
-from mergeprobe_fast.io.fingerprint import fingerprint
-from mergeprobe_fast.io.points import Points
 
 # The model of each loss holds near that member's own weights; |w - given| / |given| at most this.
 TRUST = 0.5
@@ -56,23 +54,15 @@ def _loss(request: SetRequest) -> Values:
 
 def _models(request: SetRequest, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """g_j (victims, n) and F_j (victims, n, n) over the gain of j; NaN without point or gain."""
-    points = request.recorded.points
-    n = len(used)
+    zoo, recorded, n = request.zoo, request.recorded, len(used)
+    points = recorded.points
     first, fisher = np.full((n, n), np.nan), np.full((n, n, n), np.nan)
-    column = {name: i for i, name in enumerate(points.adapters)}
-    names = [request.zoo.names[int(i)] for i in used]
-    known = np.array([k for k, name in enumerate(names) if name in column], np.int64)
-    for k in known:
-        _refuse_other(request, int(used[k]), points)
-    at = np.array([column[names[k]] for k in known], np.int64)
-    for k in known:
-        key = f"trained:{names[k]}"
-        if key not in points.points:
+    adapters, at = columns_of(zoo, points, used)
+    known = np.searchsorted(used, adapters)
+    for i, k in zip(adapters, known, strict=True):
+        key = trained_point(zoo, recorded, int(i))
+        if key is None:
             continue
-        domain = request.recorded.domains[int(used[k])]
-        if points.points[key].domain != domain:
-            reason = f"was measured on domain {points.points[key].domain!r}, not {domain!r}"
-            raise InputError(reason, path=points.path, key=key)
         base, here, tokens = points.losses(key)
         gain = float(base.mean() - here.mean())
         if gain <= 0:
@@ -81,13 +71,6 @@ def _models(request: SetRequest, used: np.ndarray) -> tuple[np.ndarray, np.ndarr
         first[k, known] = points.phi(key, "data")[:, at].mean(axis=0) / gain
         fisher[np.ix_([k], known, known)] = (phi.T * tokens) @ phi / (len(phi) * gain)
     return first, fisher
-
-
-def _refuse_other(request: SetRequest, index: int, points: Points) -> None:
-    adapter, name = request.zoo[index], request.zoo.names[index]
-    if fingerprint(adapter) != points.fingerprints[name]:
-        reason = "is not the adapter of that name whose points the calibration has: calibrate anew"
-        raise InputError(reason, path=adapter.path, key=name)
 
 
 def _changes(g: np.ndarray, f: np.ndarray, w: np.ndarray) -> np.ndarray:

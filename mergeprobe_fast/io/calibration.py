@@ -31,11 +31,12 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import InputError
-from . import calibration_json, safetensors, strict_json
+from . import calibration_json, strict_json
 from .adapter import FactorRef
 from .calibration_json import CALIBRATION_NAME, CalibratedModule, CalibrationInfo, Domain
-from .dtypes import STORAGE, bf16_to_f32
-from .read import read_into
+from .declared import read_declared
+from .dtypes import bf16_to_f32
+from .read import read_tensor
 from .strict_json import Bad
 
 __all__ = [
@@ -229,11 +230,7 @@ class Calibration:
     def _read(self, domain: str, key: str) -> np.ndarray:
         self._domain(domain)
         ref = self._tensors[domain][key]
-        raw = np.empty(ref.shape, STORAGE[ref.dtype])
-        read_into(
-            [ref.file], np.zeros(1, np.int64), np.array([ref.offset]), np.array([ref.nbytes]),
-            np.array([raw.ctypes.data]), threads=1,
-        )  # fmt: skip
+        raw = read_tensor(ref)
         values = bf16_to_f32(raw) if ref.dtype == "BF16" else raw
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise self._bad(domain, key, "has NaN or Inf")
@@ -269,21 +266,5 @@ def open_calibration(folder: str | os.PathLike[str]) -> Calibration:
 
 
 def _open_domain(folder: Path, info: CalibrationInfo, domain: Domain) -> dict[str, FactorRef]:
-    expected = declared_tensors(info, domain)
-    found: dict[str, FactorRef] = {}
-    for name in domain.files:
-        path = folder / name
-        for key, ref in safetensors.read_header(path).tensors.items():
-            if key not in expected:
-                raise InputError("is not a tensor of this calibration", path=path, key=key)
-            if key in found:
-                raise InputError("is there twice", path=path, key=key)
-            if (ref.dtype, ref.shape) != expected[key]:
-                dtype, shape = expected[key]
-                reason = f"is {ref.dtype} {ref.shape}, not {dtype} {shape}"
-                raise InputError(reason, path=path, key=key)
-            found[key] = ref
-    missing = sorted(expected.keys() - found.keys())
-    if missing:
-        raise InputError("is missing", path=folder / domain.files[-1], key=missing[0])
-    return found
+    files = [folder / name for name in domain.files]
+    return read_declared(files, declared_tensors(info, domain), "this calibration")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
-
 from .adapter import AdapterRef
-from .read import read_into
+from .read import read_tensor
 
 
 def fingerprint(adapter: AdapterRef) -> str:
@@ -22,10 +20,5 @@ def fingerprint(adapter: AdapterRef) -> str:
         facts = (name, m.kind, m.d_out, m.d_in, m.rank, float(m.scale).hex(), m.a.dtype, m.b.dtype)
         digest.update(repr(facts).encode("utf-8"))
         for ref in (m.a, m.b):
-            raw = np.empty(ref.nbytes, np.uint8)
-            read_into(
-                [ref.file], np.zeros(1, np.int64), np.array([ref.offset]), np.array([ref.nbytes]),
-                np.array([raw.ctypes.data]), threads=1,
-            )  # fmt: skip
-            digest.update(raw)
+            digest.update(read_tensor(ref))
     return digest.hexdigest()

@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from . import safetensors, strict_json
+from . import strict_json
 from .adapter import FactorRef
-from .dtypes import DTYPE_BITS, STORAGE
+from .declared import read_declared
+from .dtypes import DTYPE_BITS
 from .json_fields import count, fields, hexadecimal, many, named, nullable, of_format, text
-from .read import read_into
+from .read import read_tensor
 from .strict_json import Bad
 
 POINTS_NAME, POINTS_TENSORS = "points.json", "points.safetensors"
@@ -148,11 +149,7 @@ class Points:
         if key not in self.info.points:
             raise InputError("has no such point", path=self.path / POINTS_NAME, key=key)
         ref = self._tensors[f"{name}.{key}"]
-        values = np.empty(ref.shape, STORAGE[ref.dtype])
-        read_into(
-            [ref.file], np.zeros(1, np.int64), np.array([ref.offset]), np.array([ref.nbytes]),
-            np.array([values.ctypes.data]), threads=1,
-        )  # fmt: skip
+        values = read_tensor(ref)
         reason = None
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             reason = "has NaN or Inf"
@@ -185,18 +182,7 @@ def open_points(folder: str | os.PathLike[str]) -> Points:
         info = parse(strict_json.read(path))
     except Bad as bad:
         raise InputError(bad.reason, path=path, key=bad.key) from None
-    file = folder / POINTS_TENSORS
-    found, expected = safetensors.read_header(file).tensors, info.declared()
-    for key, ref in found.items():
-        if key not in expected:
-            raise InputError("is not a tensor of these points", path=file, key=key)
-        if (ref.dtype, ref.shape) != expected[key]:
-            dtype, shape = expected[key]
-            reason = f"is {ref.dtype} {ref.shape}, not {dtype} {shape}"
-            raise InputError(reason, path=file, key=key)
-    missing = sorted(expected.keys() - found.keys())
-    if missing:
-        raise InputError("is missing", path=file, key=missing[0])
+    found = read_declared([folder / POINTS_TENSORS], info.declared(), "these points")
     return Points(folder, info, found)
 
 

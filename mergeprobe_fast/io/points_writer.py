@@ -21,7 +21,8 @@ class PointsWriter:
     """Context manager: ``points.json`` and ``points.safetensors`` in a folder, as ``info`` says.
 
     Every declared tensor must have been written when the block is left, in any order. Write inside
-    an ``AtomicFolder``. Raises ``InputError`` for a number that is not finite.
+    an ``AtomicFolder``. Raises ``InputError`` for a number that is not finite, naming point and
+    adapter.
     """
 
     def __init__(self, folder: str | os.PathLike[str], info: PointsInfo) -> None:
@@ -51,7 +52,11 @@ class PointsWriter:
         for name, values in tensors.items():
             full = f"{name}.{key}"
             values = np.asarray(values)
-            if not np.isfinite(values).all():
-                raise InputError("is NaN or Inf", key=full)
+            bad = ~np.isfinite(values)
+            if bad.any():
+                names, along = list(self._info.fingerprints), ""
+                if values.ndim == 2:
+                    along = f" along {names[int(np.argmax(bad.any(axis=0)))]}"
+                raise InputError(f"is NaN or Inf{along}", key=full)
             dtype = self._info.declared()[full][0]
             self._writer.write(full, np.ascontiguousarray(values, STORAGE[dtype]))

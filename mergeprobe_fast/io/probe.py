@@ -31,12 +31,13 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from ..errors import InputError
-from . import probe_json, safetensors, strict_json
+from . import probe_json, strict_json
 from .adapter import AdapterRef, FactorRef
-from .dtypes import STORAGE, to_f32
+from .declared import read_declared
+from .dtypes import to_f32
 from .formats import open_adapter
 from .probe_json import GRADIENTS_NAME, PROBE_NAME, RUN_NAME, ProbeInfo, RunInfo, snapshot_name
-from .read import read_into
+from .read import read_tensor
 from .strict_json import Bad
 
 VALUES = ("euler_a", "euler_b", "visible_square")
@@ -231,17 +232,7 @@ def _open_tensors(folder: Path, info: ProbeInfo, adapter: AdapterRef) -> dict[st
         for which in ("last", "mean"):
             expected[f"{which}.A.{name}"] = "F32", (ref.rank, ref.d_in)
             expected[f"{which}.B.{name}"] = "F32", (ref.d_out, ref.rank)
-    found = safetensors.read_header(path).tensors
-    for key, ref in found.items():
-        if key not in expected:
-            raise InputError("is not a tensor of this snapshot", path=path, key=key)
-        if (ref.dtype, ref.shape) != expected[key]:
-            dtype, shape = expected[key]
-            reason = f"is {ref.dtype} {ref.shape}, not {dtype} {shape}"
-            raise InputError(reason, path=path, key=key)
-    for key in sorted(expected.keys() - found.keys()):
-        raise InputError("is missing", path=path, key=key)
-    return found
+    return read_declared([path], expected, "this snapshot")
 
 
 def _belongs(snapshot: Snapshot, run: RunInfo) -> None:
@@ -296,11 +287,7 @@ def _parsed(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
 
 def _read(ref: FactorRef) -> np.ndarray:
     """The numbers of a tensor: float64 of F64, else float32. InputError when one is not finite."""
-    raw = np.empty(ref.shape, STORAGE[ref.dtype])
-    read_into(
-        [ref.file], np.zeros(1, np.int64), np.array([ref.offset]), np.array([ref.nbytes]),
-        np.array([raw.ctypes.data]), threads=1,
-    )  # fmt: skip
+    raw = read_tensor(ref)
     values = raw if ref.dtype == "F64" else to_f32(raw, ref.dtype)
     if not np.isfinite(values).all():
         raise InputError("has NaN or Inf", path=ref.file.path, key=ref.key)

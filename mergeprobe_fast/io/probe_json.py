@@ -37,7 +37,7 @@ def snapshot_name(steps: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Initial:
-    """Fingerprints of the factors A before the first step."""
+    """Fingerprints of the factors A before the first step; of B where A began at zero."""
 
     sha256: str  # of the bytes of all A, in the order of the modules
     modules: Mapping[str, str]  # module -> first 16 hexadecimal digits of the SHA-256 of its A

@@ -49,7 +49,7 @@ class RunWriter:
 
     def has(self, steps: int) -> bool:
         """Whether the snapshot after that many steps is there."""
-        return (self.path / snapshot_name(steps)).exists()
+        return os.path.exists(self.path / snapshot_name(steps))
 
     def write_snapshot(
         self,

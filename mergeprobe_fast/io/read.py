@@ -9,7 +9,8 @@ import numpy as np
 
 from mergeprobe_fast import _env, _native
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.io.adapter import FileStamp
+from mergeprobe_fast.io.adapter import FactorRef, FileStamp
+from mergeprobe_fast.io.dtypes import STORAGE
 
 
 def read_into(
@@ -48,3 +49,13 @@ def read_into(
     if failure is not None:
         index, reason = failure
         raise InputError(reason, path=stamps[index].path)
+
+
+def read_tensor(ref: FactorRef) -> np.ndarray:
+    """One tensor as it is stored, BF16 as its uint16 bits; errors as of :func:`read_into`."""
+    out = np.empty(ref.shape, STORAGE[ref.dtype])
+    read_into(
+        [ref.file], np.zeros(1, np.int64), np.array([ref.offset]), np.array([ref.nbytes]),
+        np.array([out.ctypes.data]), threads=1,
+    )  # fmt: skip
+    return out

@@ -29,11 +29,12 @@ def fisher(request: MergeRequest) -> Iterator[MergedModule]:
 
     ``M_od = sum_i w_i F_i,od W_i,od / sum_i w_i F_i,od`` with ``F_i,od = E_t (y_o x_d)^2`` over
     the T sampled tokens of adapter i's domain: x the module's input, y the gradient of the loss
-    with respect to its output, both at the base model (not at each adapter's own weights, as in
-    the paper), of single tokens (not of whole sequences). F_i has rank T in this form and is never
-    formed. ``floor``, times the mean Fisher information of the module, is added to every F_i: where
-    nothing is known the result is the weighted average. Weights must be positive; only ratios
-    matter. An adapter that lacks the module is zero there, with the Fisher of its domain.
+    with respect to its output (of labels drawn from the model where the calibration has both
+    kinds), both at the base model (not at each adapter's own weights, as in the paper), of single
+    tokens (not of whole sequences). F_i has rank T in this form and is never formed. ``floor``,
+    times the mean Fisher information of the module, is added to every F_i: where nothing is known
+    the result is the weighted average. Weights must be positive; only ratios matter. An adapter
+    that lacks the module is zero there, with the Fisher of its domain.
 
     Elementwise in float32 (sums of T squares: 1e-6) before the cut to ``rank`` (default: the
     largest of the adapters), whose error is reported. Gauge-invariant. Needs gradients.

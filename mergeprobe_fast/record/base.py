@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergeprobe_fast.errors import InputError, MergeprobeError
+from mergeprobe_fast.finding import text as valid_text
 from mergeprobe_fast.io import safetensors, strict_json
 from mergeprobe_fast.io.adapter import FactorRef
 from mergeprobe_fast.io.read import read_into
@@ -62,9 +63,12 @@ class Base:
         """The model with all its weights, ready to run."""
         if self.model is not None:
             return self.model
+        import torch
         from transformers import AutoModelForCausalLM
 
-        with _loading(self.path, "model"), _without_progress_bars():
+        # Weights loaded in a caller's inference mode could never be part of a graph.
+        normal = torch.inference_mode(False)
+        with _loading(self.path, "model"), _without_progress_bars(), normal:
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.path, local_files_only=True, use_safetensors=True, output_loading_info=True,
                 **{_dtype_word(): self.dtype},
@@ -104,7 +108,7 @@ def open_base(base: Any, tokenizer: Any, dtype: str) -> Base:
     if not raw.is_file():
         raise InputError("has no config.json: not the folder of a base model", path=path)
     declared = strict_json.read(raw).get("_name_or_path")
-    name = declared if isinstance(declared, str) and declared else str(path)
+    name = declared if isinstance(declared, str) and declared else valid_text(path)
     from transformers import AutoConfig
 
     with _loading(path, "config"):
@@ -124,7 +128,7 @@ def _open_object(model: Any, tokenizer: Any, dtype: str) -> Base:
     text = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()
     name = getattr(model, "name_or_path", "") or type(model).__name__
-    return Base(name, None, model.config, digest, model.dtype, model, tokenizer)
+    return Base(valid_text(name), None, model.config, digest, model.dtype, model, tokenizer)
 
 
 class Checkpoint:

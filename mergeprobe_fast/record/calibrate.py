@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergeprobe_fast import _env
 from mergeprobe_fast.domains import assign_domains
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.finding import text as valid_text
 from mergeprobe_fast.io.calibration import Calibration
 from mergeprobe_fast.io.calibration_json import LABELS, CalibratedModule, CalibrationInfo
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo
@@ -40,7 +41,7 @@ def plan_calibration(
     seed: int = 0,
     skip_first: int = 1,
     gradients: bool = False,
-    labels: str = "model",
+    labels: str | None = None,
     outputs: bool = False,
     adapters: Zoo | Paths | None = None,
     domains: Mapping[str, str] | Sequence[str] | None = None,
@@ -54,8 +55,10 @@ def plan_calibration(
     )
     if max_sequences is not None:
         _check_numbers(max_sequences=(max_sequences, 1))
-    if labels not in LABELS:
+    if labels is not None and labels not in LABELS:
         raise InputError(f"labels {labels!r} are none of {', '.join(LABELS)}")
+    if labels is not None and not gradients:
+        raise InputError("given without gradients", key="labels")
     if isinstance(modules, str):
         raise InputError("modules is a list of globs, not one text")
     if adapters is None and domains is not None:
@@ -91,9 +94,9 @@ def plan_calibration(
         for name, text in texts.items()
     }
     info = CalibrationInfo(
-        opened.name, None if opened.path is None else str(opened.path), opened.config_sha256,
+        opened.name, None if opened.path is None else valid_text(opened.path), opened.config_sha256,
         described, recorded, seed=seed, samples=samples, max_length=limit, skip_first=skip_first,
-        labels=labels if gradients else None, notes=tuple(notes), outputs=outputs,
+        labels=(labels or "model") if gradients else None, notes=tuple(notes), outputs=outputs,
     )  # fmt: skip
     points = None if zoo is None else plan_points(zoo, chosen, texts, model, seed, count)
     return CalibrationPlan(info, texts, tokens, opened, model, layers, count, points)
@@ -134,9 +137,9 @@ def calibrate(
         seed: of every draw. The same input and seed give the same bytes for any ``threads``.
         skip_first: tokens at the start of each sequence that are left out of samples and means.
         gradients: also record dLoss/d(module output); loads the whole model.
-        labels: of that loss: "model", drawn from the model's own distribution at each token (the
-            true Fisher), "data", the next token (the empirical one), or "both". Where every line
-            of a domain has a prompt and a completion, only the completions have labels.
+        labels: of that loss: "model" (the default), drawn from the model's own distribution at
+            each token (the true Fisher), "data", the next token (the empirical one), or "both".
+            Where every line of a domain has a prompt and a completion, only completions have them.
         outputs: also keep the modules' outputs at the sampled tokens.
         adapters: a zoo: measure at the base and at each adapter, on texts of its own domain, how
             the loss changes along every adapter (``mergeprobe_fast.io.points`` has what is

@@ -35,6 +35,7 @@ def output_gradients(
     labels: Sequence[str],
     seed: Sequence[int],
     *,
+    where: str,
     start: int = 1,
     beyond: bool = True,
 ) -> Iterator[tuple[str, float, dict[str, torch.Tensor]]]:
@@ -45,6 +46,9 @@ def output_gradients(
     labels are drawn from the model's own distribution: at the same places and, with ``beyond``,
     behind the last token. ``outputs`` is filled by hooks while the model runs here, inside
     ``graph_from_embeddings``; the gradients of its parameters are left alone.
+
+    Raises ``InputError`` for logits that are NaN or too large, with ``where`` to say of which text,
+    and for a module whose output the loss does not depend on.
     """
     import torch
 
@@ -52,6 +56,8 @@ def output_gradients(
         logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 :]
         wide = torch.promote_types(logits.dtype, torch.float32)
         log_p = torch.log_softmax(logits.to(wide), dim=-1)
+        if log_p.isnan().any():
+            raise InputError(f"the model's logits are NaN or too large for {where}")
         for kind in labels:
             if kind == "data":
                 losses = -log_p[:-1].gather(1, ids[0, start:, None])

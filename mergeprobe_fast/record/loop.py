@@ -25,7 +25,8 @@ class record:
     gradient of the next one (:mod:`mergeprobe_fast.io.probe`), neither clipped nor scaled.
 
     Args:
-        model: a PEFT model with LoRA adapters.
+        model: a PEFT model with LoRA adapters, or what torch.compile made of one. (With
+            fullgraph=True give that one: hooks on a model inside break its graph.)
         out: folder of the run, which must not exist (or be empty), except with ``overwrite``, which
             replaces a run, and with ``start_step``, which continues it.
         total_steps: number of optimizer steps of the whole training.

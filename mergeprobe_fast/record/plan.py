@@ -102,7 +102,7 @@ class CalibrationPlan:
             # Outputs, their copies, gradients, the graph between them: of all of the model.
             copies, wide = 4, sum(sum(sizes(m)) for m in recordable(self._model, None).values())
         wide += text.vocab_size
-        passing = 4 * copies * max(lengths) * wide * self._workers
+        passing = self._wide.itemsize * copies * max(lengths) * wide * self._workers
         if self.points is not None:
             weights += self.points.peak_nbytes(self._wide, self._workers)
         return weights + passing + _LIBRARIES
@@ -144,9 +144,15 @@ class CalibrationPlan:
             InputError: ``out`` exists, the disk is full, an activation is not finite (naming the
                 module and the domain), the model's files changed.
         """
+        import torch
+
         advance = progress or (lambda steps: None)
         modules = {name: self._model.get_submodule(name) for name in self.info.modules}
-        with one_thread_each(self._workers) as pool, self._writer(out, overwrite) as writer:
+        with (
+            torch.inference_mode(False),  # whatever the caller is in: derivatives need a graph
+            one_thread_each(self._workers) as pool,
+            self._writer(out, overwrite) as writer,
+        ):
             for name, (sequence, position) in self._tokens.items():
                 writer.sampled_tokens(name, sequence, position)
             recorder = Recorder(writer, self.info, self._tokens, modules)
@@ -232,8 +238,9 @@ class CalibrationPlan:
                     seed = [self.info.seed, 2, index, *domain.encode("utf-8")]
                     start = self._texts[domain].starts[index]
                     for kind, _, gradients in output_gradients(
-                        self._model, batch, seen.outputs, labels, seed, start=start
-                    ):
+                        self._model, batch, seen.outputs, labels, seed, start=start,
+                        where=f"sequence {index} of domain {domain!r}",
+                    ):  # fmt: skip
                         recorder.gradients(kind, gradients)
                     seen.outputs.clear()
             return seen

@@ -90,9 +90,14 @@ class PointsPlan:
                 text = texts[point.domain]
                 sums = _Sums(point.sequences, len(stacks.modules), len(self.zoo))
 
-                def one(index: int, text: Texts = text, own: dict = own) -> Measured:
+                def one(
+                    index: int, text: Texts = text, own: dict = own, point: Point = point
+                ) -> Measured:
                     seed = [self.seed, 3, index, *text.name.encode("utf-8")]
-                    return runner.run(text, index, own, seed)
+                    where = f"sequence {index} of domain {text.name!r}"
+                    if point.adapter is not None:
+                        where += f" with {point.adapter} on the model"
+                    return runner.run(text, index, own, seed, where)
 
                 def take(measured: Measured, sums: _Sums = sums) -> None:
                     sums.add(measured)
@@ -188,18 +193,17 @@ class _Runner:
         self._stack.close()
 
     def run(
-        self, text: Texts, index: int, own: Mapping[str, Factors], seed: Sequence[int]
+        self, text: Texts, index: int, own: Mapping[str, Factors], seed: Sequence[int], where: str
     ) -> Measured:
-        """One text, at the base with the deltas ``own`` on it."""
+        """One text, at the base with the deltas ``own`` on it; errors say ``where`` it was."""
         import torch
 
         ids = torch.from_numpy(text.sequences[index])[None].to(self._model.device)
         tokens, loss, parts = text.labelled(index), 0.0, {}
-        where = f"sequence {index} of domain {text.name!r}"
         with self._passage(len(text.sequences[index]), own) as passage:
             for labels, value, gradients in output_gradients(
                 self._model, ids, passage.outputs, LABELS, seed,
-                start=text.starts[index], beyond=False,
+                start=text.starts[index], beyond=False, where=where,
             ):  # fmt: skip
                 if labels == "data":
                     self._check(passage, where)

@@ -19,7 +19,7 @@ from mergeprobe_fast.io.probe_json import RUN_NAME, ProbeInfo, RunInfo
 from mergeprobe_fast.io.probe_writer import RunWriter, resume_run, start_run
 
 from .probe_adapter import find_adapter
-from .probe_backward import Backward, Kept, clip_factor
+from .probe_backward import Backward, ForwardHook, Kept, clip_factor
 from .probe_optimizer import (
     Rates,
     calling_scaler,
@@ -28,6 +28,7 @@ from .probe_optimizer import (
     is_wrapper,
     processes,
     read_rates,
+    stepping,
 )
 from .probe_plan import check_fractions, planned_steps
 from .probe_window import Window
@@ -85,9 +86,10 @@ class Recorder:
                 name, self._adapter.base_model, total_steps, self._fractions, self._planned, None
             )
             self._writer, self._integral = self._open(out, described, overwrite)
-            self._pending = [
-                s for s in sorted({*self._planned}) if s >= start_step and not self._writer.has(s)
-            ]
+            # Those that are there already end a window too, should a later one be missing.
+            self._pending = [s for s in sorted({*self._planned}) if s >= start_step]
+            while self._pending and self._writer.has(self._pending[-1]):
+                self._pending.pop()
         if self._pending:
             self._watch(model)
 
@@ -103,13 +105,13 @@ class Recorder:
 
     def saved(self, step: int) -> None:
         """Training may resume from here."""
-        if self._pending:
+        if self._pending and step > 0:
             self._guard(lambda: self._writer.saved(step, self._integral))()
 
     def close(self) -> None:
         """Training is over, or given up."""
         if self._pending:
-            missing = ", ".join(map(str, self._pending))
+            missing = ", ".join(str(s) for s in self._pending if not self._writer.has(s))
             text = f"recording ended after {self.steps} steps, before the snapshots after {missing}"
             log.warning("%s: %s", self._writer.path, text)
             self._guard(self._writer.note)(text)
@@ -122,8 +124,8 @@ class Recorder:
         """The run's folder, and the learning-rate integral so far."""
         if self.steps == 0:
             info = replace(info, initial=self._adapter.initial())
-            if any(bool(m.b.detach().any()) for m in self._adapter.modules):
-                self._notes.append("B was not zero before the first step")
+            if any(bool(m.a.any()) and bool(m.b.any()) for m in self._adapter.modules):
+                self._notes.append("the update was not zero before the first step")
             return start_run(out, info, overwrite=overwrite), 0.0
         if not os.path.isfile(os.path.join(out, RUN_NAME)):
             writer = start_run(out, info)
@@ -142,7 +144,7 @@ class Recorder:
         self._window = Window(self._adapter.modules)
         self._backward = Backward([*self._adapter.parameters()], self._guard)
         self._exit.callback(self._backward.remove)
-        forward = model.register_forward_hook(self._guard(self._after_forward))
+        forward = model.register_forward_hook(ForwardHook(self._guard(self._after_forward)))
         # Without an optimiser the first one that steps with these factors is it.
         one = self._optimizer
         before = one.register_step_pre_hook if one else hooks.register_optimizer_step_pre_hook
@@ -183,7 +185,7 @@ class Recorder:
         if self._pending:
             self._depth = 0  # whatever became of the last step
             self._backward.on_output(output, self._guard)
-        else:
+        elif not stepping():
             self._exit.close()
 
     def _before_step(self, optimizer: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -230,7 +232,7 @@ class Recorder:
         backward, several = self._backward, self._processes > 1
         kept = backward.finish(scale, pending, several)
         clip = None if several else clip_factor(backward.parameters, backward.raw, pending)
-        self._remark(kept, clip)
+        self._remark(kept, clip, scaled)
         self._window.add(backward.flat, backward.raw)
         self._window.describe(kept, clip)
         if scaled:
@@ -238,7 +240,10 @@ class Recorder:
         backward.dropped = 0
         rates = read_rates(optimizer, self._adapter.modules)
         if self.steps == self._pending[0]:
-            self._snapshot()
+            if not self._writer.has(self.steps):
+                self._snapshot()
+            self._pending.pop(0)
+            self._window.reset()
         self._rates = rates
         self._integral = None if None in (rates, self._integral) else self._integral + rates.mean
         self.steps += 1
@@ -246,10 +251,20 @@ class Recorder:
         if not self._pending:
             self._stop()
 
-    def _remark(self, kept: Kept, clip: float | None) -> None:
+    def _remark(self, kept: Kept, clip: float | None, scaled: bool) -> None:
         if kept.silent:
             name = self._adapter.modules[kept.silent[0] // 2].name
             self._note(f"{name} had no gradient in a step, and maybe others: they count as zeros")
+        if kept.unseen:
+            self._note(
+                "gradients came from elsewhere than backward: recorded as the optimizer got them, "
+                "maybe clipped"
+            )
+        if self._backward.dropped and not scaled:
+            self._note(
+                "gradients were made zero or changed between two backward passes of a step: "
+                "micro-batches and loss are of those after that"
+            )
         if kept.late:
             self._note("a loss came before its backward or after its optimizer step: not recorded")
         if clip is None and self._processes == 1:
@@ -283,5 +298,3 @@ class Recorder:
         )  # fmt: skip
         self._writer.write_snapshot(info, adapter.config, adapter.tensors(), tensors)
         self._writer.saved(self.steps, self._integral)
-        self._pending.pop(0)
-        window.reset()

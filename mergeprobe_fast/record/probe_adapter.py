@@ -59,21 +59,32 @@ class LiveAdapter:
             yield module.b
 
     def initial(self) -> Initial:
-        """Fingerprints of all A as they are now, as float32 (r, d_in) in rows."""
+        """Fingerprints of all A as they are now, as float32 (r, d_in) in rows.
+
+        Of B where A is zero: PEFT starts an embedding's A at zero, and its B at random.
+        """
         whole, each = hashlib.sha256(), {}
         for module in self.modules:
-            raw = module.a.detach().flatten(1).float().cpu().contiguous().numpy().tobytes()
+            start = module.a if bool(module.a.any()) else module.b
+            raw = start.detach().flatten(1).float().cpu().contiguous().numpy().tobytes()
             whole.update(raw)
             each[module.name] = hashlib.sha256(raw).hexdigest()[:16]
         return Initial(whole.hexdigest(), each)
 
     def tensors(self) -> dict[str, TensorLike]:
-        """What PEFT's weights file holds, bit by bit; on a CPU it shares the memory."""
-        return {
-            key: _as_stored(weight)
-            for module in self.modules
-            for key, weight in zip(module.keys, (module.a, module.b), strict=True)
-        }
+        """What PEFT's weights file holds, bit by bit; on a CPU it shares the memory.
+
+        Raises:
+            InputError: for a factor that was converted to another dtype meanwhile.
+        """
+        found: dict[str, TensorLike] = {}
+        for module in self.modules:
+            for key, weight in zip(module.keys, (module.a, module.b), strict=True):
+                if _STORED.get(weight.dtype) != self.dtype:
+                    reason = f"was converted to {weight.dtype} since recording began"
+                    raise InputError(reason, path=f"adapter {self.name!r}", key=module.name)
+                found[key] = _as_stored(weight)
+        return found
 
 
 def find_adapter(model: Any, name: str | None) -> LiveAdapter:
@@ -145,9 +156,13 @@ def _config(tuner: Any, name: str) -> tuple[str | None, bytes]:
     base = config.base_model_name_or_path or getattr(tuner.model, "name_or_path", None)
     config.base_model_name_or_path = base or None
     config.inference_mode = True
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        return config.base_model_name_or_path, (Path(folder) / CONFIG_NAME).read_bytes()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            return config.base_model_name_or_path, (Path(folder) / CONFIG_NAME).read_bytes()
+    except OSError as error:
+        reason = f"its config cannot be written to a temporary folder: {error.strerror or error}"
+        raise InputError(reason, path=f"adapter {name!r}") from error
 
 
 def _check_scales(modules: tuple[LiveModule, ...], config: bytes, name: str) -> None:

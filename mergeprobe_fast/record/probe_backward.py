@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ class Kept:
 
     micro_batches: int
     silent: tuple[int, ...]  # positions of parameters that no backward reached: zeros
+    unseen: bool  # whether a gradient was put there by other means than backward
     loss: torch.Tensor | float | None  # of the step, as the loop scales it; None: none was seen
     late: bool  # whether a loss was given that belongs to no backward
 
@@ -36,7 +38,7 @@ class Backward:
     Every time a gradient has been added to a parameter's ``grad`` it is copied, so that after the
     last micro-batch it is complete, and what clipping or ``GradScaler.unscale_`` do to ``grad``
     comes later. ``grad`` counts its own changes: more than one since the last copy means that it
-    was made zero meanwhile without a step.
+    was made zero (or clipped) meanwhile without a step.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Backward:
     ) -> None:
         self.parameters = tuple(parameters)
         self.flat, self.raw = flat_like(self.parameters)
-        self.dropped = 0  # gradients that were thrown away without a step
+        self.dropped = 0  # gradients that were thrown away, or changed, without a step
         self._counts = [0] * len(self.parameters)
         self._versions = [0] * len(self.parameters)
         self._losses: list[torch.Tensor] = []  # of each backward: scaled for the loss
@@ -65,14 +67,16 @@ class Backward:
         """Learn the loss from what the model returned, should a backward start there."""
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if isinstance(loss, torch.Tensor) and loss.requires_grad:
-            loss.register_hook(guard(partial(self._loss_reached, loss.detach())))
+            # A copy: `loss /= accumulation` would change it, and the gradient tells of that.
+            loss.register_hook(guard(partial(self._loss_reached, loss.detach().clone())))
 
     def given_loss(self, value: torch.Tensor | float) -> None:
         """A loss that the user hands over, of the step that is under way."""
         if not any(self._counts):
             self._late = True
         else:
-            self._given.append(value.detach() if isinstance(value, torch.Tensor) else float(value))
+            given = value.detach().clone() if isinstance(value, torch.Tensor) else float(value)
+            self._given.append(given)
 
     def _loss_reached(self, loss: torch.Tensor, gradient: torch.Tensor) -> None:
         # The gradient here is what the loop makes of this loss: 1 / micro-batches, say.
@@ -105,25 +109,41 @@ class Backward:
         for flat in self.flat:
             if scale != 1:
                 flat.div_(scale)
-        silent = []
+        silent, unseen = [], False
         for i, parameter in enumerate(self.parameters):
             if self._counts[i] and not reduced:
                 continue
             if parameter.grad is None:
                 self.raw[i].zero_()
                 silent.append(i)
-            else:  # put there by other means than a backward that was watched
+            else:
                 self.raw[i].copy_(_dense(parameter.grad)).div_(pending)
+                # Zeros are what zero_grad(set_to_none=False) leaves where no backward came.
+                unseen = unseen or (not reduced and bool(self.raw[i].any()))
         if self._given:
             loss: Any = sum(self._given) / len(self._given)
         else:
             loss = sum(self._losses) / scale if self._losses else None
-        return Kept(max(1, *self._counts), tuple(silent), loss, self._late)
+        return Kept(max(1, *self._counts), tuple(silent), unseen, loss, self._late)
 
     def reset(self) -> None:
         """Forget the step: what comes next begins another one."""
         self._counts = [0] * len(self.parameters)
         self._losses, self._given, self._late = [], [], False
+
+
+class ForwardHook:
+    """A hook that does nothing in a copy of the model, or in a file of it."""
+
+    def __init__(self, act: Callable[..., None]) -> None:
+        self._act = torch.compiler.disable(act)  # a compiler is not to look into it
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        self._act(module, args, output)
+
+    def __reduce__(self) -> Any:
+        # It takes three arguments and returns None, and no file needs this package to be loaded.
+        return getattr, (nullcontext(), "__exit__")
 
 
 def flat_like(

@@ -81,6 +81,16 @@ def calling_scaler() -> Any:
     return None
 
 
+def stepping() -> bool:
+    """Whether an optimiser's method is running: its hooks must not be taken away from under it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def processes() -> tuple[int, int]:
     """Number of processes that train together, and which of them this is."""
     distributed = torch.distributed

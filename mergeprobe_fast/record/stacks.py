@@ -42,7 +42,7 @@ def check_fit(zoo: Zoo, model: torch.nn.Module) -> None:
             if module is None:
                 reason = "the base model has no such module"
             elif m.kind != "linear" or not isinstance(module, (torch.nn.Linear, Conv1D)):
-                reason = f"only linear modules can be measured, this is a {type(module).__name__}"
+                reason = f"only linear modules can be measured, not {type(module).__name__}"
             elif sizes(module) != (m.d_in, m.d_out):
                 d_in, d_out = sizes(module)
                 reason = f"is {m.d_out} x {m.d_in}, in the base model {d_out} x {d_in}"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.finding import text as valid_text
 from mergeprobe_fast.io import strict_json
 from mergeprobe_fast.io.calibration_json import is_domain_name
 from mergeprobe_fast.io.strict_json import Bad
@@ -91,9 +92,8 @@ def read_texts(
     is called when there is text; special tokens are what it adds by itself.
 
     Where every line of the file has a prompt and a completion, only tokens of completions are
-    labels of a loss; else all but the first of a sequence are. A token belongs to the prompt as
-    far as the prompt alone is tokenised into the same ones. With ``labelled`` every sequence must
-    have a label.
+    labels of a loss; else all but the first of a sequence are. A token that holds characters of
+    both is one of the completion. With ``labelled`` every sequence must have a label.
 
     Of more than ``max_sequences``, that many are drawn with the seed. Sequences are cut to
     ``max_length`` tokens. Raises ``InputError`` naming file and line, also for fewer than
@@ -120,7 +120,7 @@ def read_texts(
             ids = _token_ids(item, tokenizer, vocabulary)
             if len(ids) < least:
                 raise Bad(f"has {len(ids)} tokens, {least} or more are needed")
-            prompt = _shared(ids, item["prompt"], tokenizer) if completions else 0
+            prompt = _prompt_tokens(ids, item, tokenizer()) if completions else 0
             start = min(max(prompt, 1), len(ids), max_length)
             if labelled and start == min(len(ids), max_length):
                 what = "of its completion" if completions else "that is a label"
@@ -132,7 +132,7 @@ def read_texts(
         starts.append(start)
     loss = "completion" if completions else "all"
     return Texts(
-        name, path.name, digest.hexdigest(), tuple(sequences), cut, loss, tuple(starts)
+        name, valid_text(path.name), digest.hexdigest(), tuple(sequences), cut, loss, tuple(starts)
     )  # fmt: skip
 
 
@@ -223,9 +223,16 @@ def _token_ids(item: dict[str, Any], tokenizer: Callable[[], Any], vocabulary: i
     return ids
 
 
-def _shared(ids: list[int], prompt: str, tokenizer: Callable[[], Any]) -> int:
-    """How many tokens a text begins with that its prompt alone begins with too."""
-    alone = _encode(tokenizer(), prompt, special=True)
+def _prompt_tokens(ids: list[int], item: dict[str, Any], tokenizer: Any) -> int:
+    """How many tokens a text begins with that hold nothing of its completion."""
+    prompt = item["prompt"]
+    if getattr(tokenizer, "is_fast", False):
+        # Not those of the prompt alone: its last line break may be cut otherwise before a word.
+        encoded = tokenizer(prompt + item["completion"], verbose=False, return_offsets_mapping=True)
+        ends = (end for _, end in encoded["offset_mapping"])
+        return next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+    # Which characters a token holds is not known: as far as the prompt alone gives the same ones.
+    alone = _encode(tokenizer, prompt, special=True)
     return next(
         (i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b),
         min(len(alone), len(ids)),

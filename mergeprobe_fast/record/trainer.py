@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class ProbeCallback(TrainerCallback):
         self._overwrite = overwrite
         self._name = name
         self._recorder: Recorder | None = None
+        self._end: weakref.finalize | None = None  # closes the recorder
 
     def on_train_begin(
         self,
@@ -62,11 +64,16 @@ class ProbeCallback(TrainerCallback):
         for key in ("deepspeed", "fsdp"):
             if getattr(args, key, None):
                 raise InputError("gradients are sharded over processes; not supported", key=key)
+        if state.global_step >= state.max_steps:  # resumed from the end: there are no steps left
+            return
         self._recorder = Recorder(
             model, self._out, total_steps=state.max_steps, fractions=self._fractions,
             adapter=self._adapter, optimizer=optimizer, start_step=state.global_step,
             overwrite=self._overwrite or begun_before, name=self._name,
         )  # fmt: skip
+        # The Trainer tells no callback that an exception ended a training: the hooks go with it.
+        self._end = weakref.finalize(self, self._recorder.close)
+        self._end.atexit = False
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,6 +89,6 @@ class ProbeCallback(TrainerCallback):
         self._close()
 
     def _close(self) -> None:
-        recorder, self._recorder = self._recorder, None
-        if recorder is not None:
-            recorder.close()
+        if self._recorder is not None:
+            self._recorder = None
+            self._end()

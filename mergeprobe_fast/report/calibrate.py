@@ -87,6 +87,7 @@ def print_calibration(
     console.print(Text(View(console).clean(Path(out)), style="cyan", overflow="fold"))
     methods = "regmean, weighted_svd, osrm" + (", fisher" if calibration.has_gradients else "")
     console.print(f"  for merge --calibration: {methods}", style="dim")
+    console.print("  for screen --calibration: what updates do to each other", style="dim")
 
 
 def _points(plan: CalibrationPlan) -> str:
