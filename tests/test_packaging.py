@@ -54,13 +54,17 @@ def source_files() -> list[str]:
 
 
 def packages_of(tree: Path) -> set[str]:
-    """The rule: every folder with an ``__init__.py`` below mergeprobe_fast, and ``kernels``."""
+    """The rule: every folder with an ``__init__.py`` below these three."""
     found = {
         ".".join(path.parent.relative_to(tree).parts)
         for path in (tree / "mergeprobe_fast").rglob("__init__.py")
     }
-    top = (tree / "kernels").rglob("__init__.py")
-    return found | {".".join(("mergeprobe_fast", *p.parent.relative_to(tree).parts)) for p in top}
+    for top in (tree / "kernels", tree / "bench" / "merge_peft"):
+        found |= {
+            ".".join(("mergeprobe_fast", *path.parent.relative_to(top.parent).parts))
+            for path in top.rglob("__init__.py")
+        }
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -129,10 +133,15 @@ def test_the_version_is_said_once(tree, built):
 
 def test_the_wheel_holds_the_packages_and_nothing_else(tree, built):
     expected = {f"mergeprobe_fast/_core{SUFFIX}", "mergeprobe_fast/py.typed"}
-    for source, prefix in (("mergeprobe_fast", ""), ("kernels", "mergeprobe_fast/")):
+    for source, prefix in (
+        ("mergeprobe_fast", ""), ("kernels", "mergeprobe_fast/"),
+        ("bench/merge_peft", "mergeprobe_fast/"),
+    ):  # fmt: skip
+        top = (tree / source).parent
         for path in (tree / source).rglob("*"):
-            if path.suffix in (".py", ".html", ".pyi"):
-                expected.add(prefix + path.relative_to(tree).as_posix())
+            data = path.parent.name == "data" and path.is_file()
+            if path.suffix in (".py", ".html", ".pyi") or data:
+                expected.add(prefix + path.relative_to(top).as_posix())
     assert wheel_files(built[1]) == expected
     assert "mergeprobe_fast/report/template.html" in expected
 
@@ -154,7 +163,7 @@ def test_the_sdist_holds_what_a_build_and_a_test_need(tree, built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"}
-    for folder in ("csrc", "kernels", "mergeprobe_fast", "tests"):
+    for folder in ("csrc", "kernels", "bench/merge_peft", "mergeprobe_fast", "tests"):
         wanted |= {
             p.relative_to(tree).as_posix() for p in (tree / folder).rglob("*") if p.is_file()
         }

@@ -1,0 +1,1 @@
+"""MERGE-PEFT: adapters of five domains, really trained, really merged, and what each keeps."""
