@@ -208,9 +208,13 @@ def test_code_is_what_whole_passes_write_greedily(tmp_path, rng, base, no_sandbo
     for delta in (None, made):
         model = wide_copy(base, delta)
         written = [greedy(model, base, i.prompt, evaluate.WRITTEN_TOKENS) for i in items]
+
+        def wrong(n, text):
+            return "\n" if n % 2 else "y" if text[1 + n : 2 + n] == "z" else "z"
+
         # The first half may now begin as the model would: a wrong end, or only its end missing.
         items = [
-            draw_item(rng, "code", prompt=i.prompt, target=text[: 1 + n] + ("\n" if n % 2 else "z"))
+            draw_item(rng, "code", prompt=i.prompt, target=text[: 1 + n] + wrong(n, text))
             if n < 4 else i for n, (i, (text, _)) in enumerate(zip(items, written, strict=True))
         ]  # fmt: skip
         no_sandbox.clear()
