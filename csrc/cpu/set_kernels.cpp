@@ -194,7 +194,7 @@ void least_worst(i64 k, const double* g, double ridge, double tolerance, double*
   double *h = scratch, *m = h + k * k * W, *q = m + k * k * W, *w = q + k * k * W;
   double *dw = w + k * W, *v = dw + k * W, *mu = v + k * W, *dmu = mu + k * W, *s = dmu + k * W;
   double *ds = s + k * W, *e = ds + k * W, *aim = e + k * W, *at_mu = aim + k * W;
-  const V zero = constant(0), one = constant(1), half = constant(0.5);
+  const V zero = constant(0), one = constant(1);
   const V many = constant(static_cast<double>(k));
   V best = constant(HUGE_VAL), bound = constant(-HUGE_VAL), running = one, t = zero;
   for (i64 i = 0; i < k; i++) {
@@ -229,7 +229,9 @@ void least_worst(i64 k, const double* g, double ridge, double tolerance, double*
       primal = larger(primal, get(e, i));
     }
     offer(w, primal);
-    bound = above(running, zero, larger(bound, dual / total), bound);
+    // NaN, of an iteration that broke down, bounds nothing.
+    const V found = dual / total;
+    bound = above(running, zero, above(found, bound, found, bound), bound);
     running = above(best - bound, constant(tolerance) * best + constant(1e-12), running, zero);
     if (!any_positive(running)) break;
     if (step == 0) {
@@ -237,50 +239,51 @@ void least_worst(i64 k, const double* g, double ridge, double tolerance, double*
       for (i64 i = 0; i < k; i++) put(s, i, t - get(e, i));
     }
 
-    // With d = mu / s, r = e - t + s and J = 2 q: K dw - J^T d dt = -J^T (aim / s + d r), K = 2 H +
-    // J^T diag(d) J; what is left of 1^T mu = 1 gives dt.
+    // With d = mu / s, r = e - t + s and J = 2 q: K dw - J^T d dt = -J^T x, x = aim / s + d r and
+    // K = 2 H + J^T diag(d) J; what is left of 1^T mu = 1 gives dt. It is eliminated first, which
+    // takes the mean of J, weighted by d, out of J: where two members are nearly equal, the
+    // difference that is left otherwise is rounding.
     V sum_d = zero, centre = zero;
     for (i64 a = 0; a < k; a++) put(v, a, zero);
     for (i64 i = 0; i < k; i++) {
       const V d = get(mu, i) / get(s, i);
       sum_d = sum_d + d;
       centre = centre + get(mu, i) * get(s, i) / many;
-      for (i64 a = 0; a < k; a++) {
-        const V scaled = constant(4) * d * get(q, i * k + a);
-        put(v, a, get(v, a) + half * scaled);
+      for (i64 a = 0; a < k; a++)
+        put(v, a, get(v, a) + constant(2) * d * get(q, i * k + a));
+    }
+    for (i64 a = 0; a < k; a++) put(v, a, get(v, a) / sum_d);  // the mean of J
+    for (i64 i = 0; i < k; i++) {
+      const V d = get(mu, i) / get(s, i);
+      for (i64 a = 0; a < k; a++) put(q, i * k + a, constant(2) * get(q, i * k + a) - get(v, a));
+      for (i64 a = 0; a < k; a++)
         for (i64 b = 0; b <= a; b++)
-          put(m, a * k + b, get(m, a * k + b) + scaled * get(q, i * k + b));
-      }
+          put(m, a * k + b, get(m, a * k + b) + d * get(q, i * k + a) * get(q, i * k + b));
     }
     cholesky(k, m, 1e-15);
-    for (i64 a = 0; a < k; a++) put(dw, a, get(v, a));
-    solve(k, m, v);  // K^-1 J^T d, of which J^T d is in dw
-    V slope = zero;
-    for (i64 a = 0; a < k; a++) slope = slope + get(dw, a) * get(v, a);
     for (i64 i = 0; i < k; i++) put(aim, i, zero);
     V length = zero, dt = zero;
     for (int round = 0; round < 2; round++) {
-      V missing = total - one, along = zero;
-      for (i64 a = 0; a < k; a++) put(dw, a, zero);
-      for (i64 i = 0; i < k; i++) {
-        const V d = get(mu, i) / get(s, i), r = get(e, i) - t + get(s, i);
-        const V x = get(aim, i) / get(s, i) + d * r;
-        missing = missing + x - get(mu, i);
-        for (i64 a = 0; a < k; a++)
-          put(dw, a, get(dw, a) - constant(2) * x * get(q, i * k + a));
-      }
-      // J^T d . K^-1 x is v . x.
-      for (i64 a = 0; a < k; a++) along = along + get(v, a) * get(dw, a);
-      dt = (missing + along) / (sum_d - slope);
-      solve(k, m, dw);
-      for (i64 a = 0; a < k; a++) put(dw, a, get(dw, a) + dt * get(v, a));
+      V excess = zero - one;  // of the sum of x over 1
       for (i64 i = 0; i < k; i++) {
         const V r = get(e, i) - t + get(s, i);
-        V change = zero;
-        for (i64 a = 0; a < k; a++) change = change + constant(2) * get(q, i * k + a) * get(dw, a);
-        put(ds, i, dt - r - change);
+        excess = excess + (get(aim, i) + get(mu, i) * r) / get(s, i);
+      }
+      dt = excess / sum_d;
+      for (i64 a = 0; a < k; a++) put(dw, a, zero - get(v, a));
+      for (i64 i = 0; i < k; i++) {
+        const V r = get(e, i) - t + get(s, i);
+        const V x = (get(aim, i) + get(mu, i) * (r - dt)) / get(s, i);
+        for (i64 a = 0; a < k; a++) put(dw, a, get(dw, a) - x * get(q, i * k + a));
+      }
+      solve(k, m, dw);
+      for (i64 i = 0; i < k; i++) {
+        V change = get(e, i) - t + get(s, i);
+        for (i64 a = 0; a < k; a++) change = change + get(q, i * k + a) * get(dw, a);
+        put(ds, i, dt - change);
         put(dmu, i, (get(aim, i) - get(mu, i) * get(ds, i)) / get(s, i) - get(mu, i));
       }
+      for (i64 a = 0; a < k; a++) dt = dt + get(v, a) * get(dw, a);
       length = reach(k, s, ds, reach(k, mu, dmu, one));
       if (round == 1) break;
       // How far the step without a barrier can go says how much of one to keep.
