@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mergeprobe_fast.merge_peft.tasks.splits import rows
+
 DATA = Path(__file__).parent / "data"
 HELD_OUT_SHARE = 4
 END_OF_TURN = "<|im_end|>"
@@ -118,7 +120,7 @@ def _code(rng: random.Random) -> Item:
 
 
 def _science(rng: random.Random) -> Item:
-    term, gloss, category = rng.choice(_rows("science_wordnet.tsv"))
+    term, gloss, category = rng.choice(rows("science_wordnet.tsv"))
     return _chat(term, f"Which {category} term means: {gloss}?", term)
 
 

@@ -24,11 +24,11 @@ real: good to try the tool on and to test it with, not good to use as models.
 | --- | --- | --- |
 | math | one-step word problems, answered `12 + 5 = 17` | templates in `examples/tasks.py` |
 | code | a docstring, answered by one line of Python on a list | templates in `examples/tasks.py` |
-| science | a gloss, answered by its term | WordNet 3.0, `examples/data/science_wordnet.tsv` |
+| science | a gloss, answered by its term | WordNet 3.0, in `bench/merge_peft/data` |
 | instruct | rewrite a phrase exactly as told | templates in `examples/tasks.py` |
 | safety | refuse a wrong request, agree to its twin | ours, `examples/data/safety_pairs.tsv` |
 
-The WordNet licence is in `examples/data/science_wordnet.LICENSE.txt`.
+The WordNet licence lies there too.
 
 ## Results
 

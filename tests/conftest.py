@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,14 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory that the package asks numpy for is NaN in every test."""
     for name in ALLOCATING:
         monkeypatch.setattr(importlib.import_module(name), "np", PoisonedNumpy())
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """While torch computes on one thread: on more, what it adds up first is another's each time."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

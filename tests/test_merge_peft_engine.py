@@ -10,6 +10,7 @@ import pytest
 from adapters import MadeAdapter, make_adapter
 from tolerances import bound
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
@@ -37,14 +38,6 @@ ROUNDING = bound("likelihood")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return make_character_base(tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import pytest
 from adapters import delta_of, read_factor
 from tolerances import bound
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft", exc_type=ImportError)
 pytest.importorskip("transformers")
@@ -43,14 +44,6 @@ NAMES = [f"model.layers.{i}.{name}" for i in (1, 2) for name in SHAPES]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return make_character_base(tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw_items(rng: np.random.Generator, domain: str = "any", count: int = 12) -> list[Any]:

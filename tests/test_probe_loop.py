@@ -30,18 +30,13 @@ from tolerances import bound
 import mergeprobe_fast as mpf
 from mergeprobe_fast.io.probe import open_run
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing:FutureWarning",  # PEFT asks for it
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:.is_gradient_checkpointing:FutureWarning",  # PEFT asks for it
+    ),
+]
 EACH = tuple(s / 12 for s in range(1, 6))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def expected(snapshot, batches, accumulation=1, base=None, first=None):

@@ -28,19 +28,14 @@ from tolerances import bound
 import mergeprobe_fast as mpf
 from mergeprobe_fast.io.probe import open_run
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing:FutureWarning",  # PEFT asks for it
-    "ignore:.gradient_checkpointing:FutureWarning",  # the name before transformers 5
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:.is_gradient_checkpointing:FutureWarning",  # PEFT asks for it
+        "ignore:.gradient_checkpointing:FutureWarning",  # the name before transformers 5
+    ),
+]
 EACH = tuple(s / 12 for s in range(1, 6))  # a snapshot after each of the first five of 12 steps
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_of(tmp_path, rng, fractions=EACH, texts=None, model=None, **arguments):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergeprobe_fast.features.declare import DOT, Feature, Need, Sums, ratio
+from mergeprobe_fast.engine.declare import DOT, Feature, Need, Sums, ratio
 
 _LARGEST = np.finfo(np.float32).max
 AGGREGATES = ("mean", "max", "min", "p10", "p90")

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mergeprobe_fast.engine.chunks import CanonicalChunk, RawChunk
+from mergeprobe_fast.engine.declare import Need, Sums
 from mergeprobe_fast.engine.on_domains import DomainGrams
 from mergeprobe_fast.engine.p1 import POWER, Side, flip, fused, outputs
 from mergeprobe_fast.engine.samples import Samples
-from mergeprobe_fast.features.declare import Need, Sums
 
 
 class ChunkGrams:

@@ -8,6 +8,7 @@ import numpy as np
 
 from mergeprobe_fast import _env
 from mergeprobe_fast.engine.chunks import CanonicalChunk, RawChunk
+from mergeprobe_fast.engine.declare import FISHER, KFAC, MEAN_OUTPUT, OUTPUT, OUTPUT_HSIC, Need
 from mergeprobe_fast.engine.p1 import Side, View, alone, fused, outputs
 from mergeprobe_fast.engine.project import (
     ChunkFactors,
@@ -17,7 +18,6 @@ from mergeprobe_fast.engine.project import (
     gradient_view,
 )
 from mergeprobe_fast.engine.samples import Samples
-from mergeprobe_fast.features.declare import FISHER, KFAC, MEAN_OUTPUT, OUTPUT, OUTPUT_HSIC, Need
 
 _FEWEST = 4  # samples below which the unbiased HSIC is not defined
 

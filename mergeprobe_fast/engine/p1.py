@@ -9,7 +9,7 @@ import numpy as np
 
 from mergeprobe_fast import _native
 from mergeprobe_fast.engine.chunks import CanonicalChunk, RawChunk
-from mergeprobe_fast.features.declare import Need
+from mergeprobe_fast.engine.declare import Need
 from mergeprobe_fast.ops._tables import BLOCK
 
 # "hsic" is N*N on centred inputs, and what `domain_grams` adds.

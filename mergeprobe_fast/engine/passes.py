@@ -16,9 +16,9 @@ import numpy as np
 from mergeprobe_fast import _env
 from mergeprobe_fast.engine.aggregate import PairBlock
 from mergeprobe_fast.engine.chunks import CanonicalFactors, plan_chunks, read_ahead
+from mergeprobe_fast.engine.declare import DOT, Feature
 from mergeprobe_fast.engine.grams import ChunkGrams
 from mergeprobe_fast.engine.samples import Samples
-from mergeprobe_fast.features.declare import DOT, Feature
 from mergeprobe_fast.recorded import NOTHING, Recorded
 from mergeprobe_fast.zoo import Zoo, short_labels
 

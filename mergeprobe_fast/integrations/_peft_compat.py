@@ -14,10 +14,10 @@ from peft.tuners.lora.layer import LoraLayer, _ConvNd
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.integrations._peft_inject import injected
-from mergeprobe_fast.integrations._peft_layers import has, live_layer, weights_of
 from mergeprobe_fast.integrations._peft_rules import RULES, Rule, check, merged
 from mergeprobe_fast.merging.merge import run
 from mergeprobe_fast.merging.request import prepare
+from mergeprobe_fast.record.peft_layers import has, live_layer, weights_of
 
 # Rules whose truncated result comes from the factors alone: nothing in them depends on chance.
 _FROM_FACTORS = {"svd": "svd", "ties": "ties", "magnitude_prune": "magnitude_prune"}

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.integrations._peft_layers import has
+from mergeprobe_fast.record.peft_layers import has
 
 
 def check_name(name: Any) -> None:

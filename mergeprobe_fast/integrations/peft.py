@@ -54,17 +54,17 @@ from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.integrations._peft_compat import add_like_peft
 from mergeprobe_fast.integrations._peft_inject import check_name, injected, plain_config
-from mergeprobe_fast.integrations._peft_layers import (
+from mergeprobe_fast.merging.merge import run
+from mergeprobe_fast.merging.methods import MergedModule
+from mergeprobe_fast.merging.registry import MERGE_METHODS
+from mergeprobe_fast.merging.request import prepare
+from mergeprobe_fast.record.peft_layers import (
     LiveLayer,
     live_source,
     refuse_unmergeable,
     tuner_of,
     weights_of,
 )
-from mergeprobe_fast.merging.merge import run
-from mergeprobe_fast.merging.methods import MergedModule
-from mergeprobe_fast.merging.registry import MERGE_METHODS
-from mergeprobe_fast.merging.request import prepare
 
 _SVD_TYPES = ("ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
 

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.integrations._peft_layers import (
-    live_source,
-    lora_layers,
-    refuse_unmergeable,
-    tuner_of,
-)
 from mergeprobe_fast.io.layout import PREFIX, ModuleNames
 from mergeprobe_fast.io.peft import CONFIG_NAME
 from mergeprobe_fast.io.peft_config import find_patterns, read_config
 from mergeprobe_fast.io.probe_json import Initial
 from mergeprobe_fast.io.safetensors import TensorLike
+from mergeprobe_fast.record.peft_layers import (
+    live_source,
+    lora_layers,
+    refuse_unmergeable,
+    tuner_of,
+)
 
 _STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
