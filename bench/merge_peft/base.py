@@ -61,8 +61,11 @@ class Base:
     _suffixes: dict[int, Suffix] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        from .linear import speed_up
+
         self.model.eval()
         self.model.requires_grad_(False)
+        speed_up(self.model)
         # PEFT copies this into adapter_config.json as base_model_name_or_path.
         self.model.name_or_path = self.name
 
