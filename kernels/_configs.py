@@ -29,10 +29,10 @@ class FoldConfig:
 FOLD = FoldConfig()
 
 # Every line is unmeasured: chosen by register and shared-memory count from compilation, so that no
-# variant spills (README.md has the table, tests/test_triton_gram.py keeps it true). Both Grams of a
-# tile stay in registers: 128 x 128 takes 8 warps and 128 of the 255 registers of a thread, and one
-# program then fills a multiprocessor's register file. "small" is for problems with fewer tile pairs
-# than multiprocessors.
+# variant spills (README.md has the table, tests/test_triton_gram_compiled.py keeps it true). Both
+# Grams of a tile stay in registers: 128 x 128 takes 8 warps and 128 of the 255 registers of a
+# thread, and one program then fills a multiprocessor's register file. "small" is for problems with
+# fewer tile pairs than multiprocessors.
 #
 # sm_80 multiplies from registers: fp32 at full precision (tf32x3: three products, each operand
 # split in two) spills at 128 even with block_k=16, and at 64 on 4 warps.
