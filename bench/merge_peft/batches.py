@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .base import Base
 
 _BATCH_TOKENS = 2048  # padded, of one forward pass: more is not faster on a CPU
+_ACCELERATOR_TOKENS = 16384  # elsewhere; not measured: logits are what takes memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +94,8 @@ class Batch:
         return len(self.rows)
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """A batch of rows."""
+def collate(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
+    """A batch of rows, put together on the CPU and moved as it is."""
     ids, positions, answer = (
         pad_sequence(
             [torch.from_numpy(getattr(row, name)) for row in rows], True, padding_value=fill
@@ -112,10 +113,9 @@ def collate(rows: Sequence[Row]) -> Batch:
     before = np.cumsum([0, *(row.answers for row in rows)])
     owner = np.concatenate([before[i] + row.of for i, row in enumerate(rows)])
     labels = np.concatenate([row.labels for row in rows])
-    return Batch(
-        tuple(rows), ids, positions, mask, answer >= 0,
-        *(torch.from_numpy(x) for x in (unique, at.reshape(-1), labels, owner)),
-    )  # fmt: skip
+    indices = (torch.from_numpy(x) for x in (unique, at.reshape(-1), labels, owner))
+    tensors = (ids, positions, mask, answer >= 0, *indices)
+    return Batch(tuple(rows), *(x.to(device) for x in tensors))
 
 
 def by_length(lengths: Sequence[int], tokens: int = _BATCH_TOKENS) -> Iterator[list[int]]:
@@ -129,3 +129,11 @@ def by_length(lengths: Sequence[int], tokens: int = _BATCH_TOKENS) -> Iterator[l
         batch.append(i)
     if batch:
         yield batch
+
+
+def cut(rows: Sequence[Row], device: torch.device) -> Iterator[tuple[list[int], Batch]]:
+    """All rows as batches on a device, of similar lengths each; which rows, and the batch."""
+    lengths = [len(row) for row in rows]
+    on_cpu = device.type == "cpu"
+    for chosen in by_length(lengths) if on_cpu else by_length(lengths, _ACCELERATOR_TOKENS):
+        yield chosen, collate([rows[i] for i in chosen], device)

@@ -17,6 +17,7 @@ from mergeprobe_fast.merging.source import ZooSource
 from mergeprobe_fast.zoo import Zoo, open_zoo
 
 from .suffix import Suffix
+from .whole import WholeModel
 
 # A folder, an opened adapter, the result of a merge, or nothing.
 Delta = AdapterRef | MergedAdapter | str | os.PathLike[str] | None
@@ -52,7 +53,7 @@ def factors_of(delta: Delta) -> Factors:
 
 
 @contextmanager
-def applied(suffix: Suffix, delta: Delta) -> Iterator[None]:
+def applied(suffix: Suffix | WholeModel, delta: Delta) -> Iterator[None]:
     """While the weights are W + B A; after that they are the very tensors they were before.
 
     The sum is made in float32, in tensors of its own.
@@ -66,7 +67,8 @@ def applied(suffix: Suffix, delta: Delta) -> Iterator[None]:
         for name, (b, a) in factors_of(delta).items():
             module = _target(suffix, name, (b.shape[0], a.shape[1]))
             weight = module.weight
-            new = torch.addmm(weight.detach(), torch.from_numpy(b), torch.from_numpy(a))
+            b, a = (torch.from_numpy(x).to(weight.device) for x in (b, a))
+            new = torch.addmm(weight.detach(), b, a)
             changed.append((module, weight))
             module.weight = torch.nn.Parameter(new, requires_grad=False)
         yield
@@ -75,10 +77,9 @@ def applied(suffix: Suffix, delta: Delta) -> Iterator[None]:
             module.weight = weight
 
 
-def _target(suffix: Suffix, name: str, shape: tuple[int, int]) -> torch.nn.Linear:
+def _target(suffix: Suffix | WholeModel, name: str, shape: tuple[int, int]) -> torch.nn.Linear:
     model = suffix.base.model
-    parts = name.split(".")
-    if parts[:2] != ["model", "layers"] or len(parts) < 4 or int(parts[2]) < suffix.first:
+    if not suffix.holds(name):
         raise InputError(f"is not in a layer from {suffix.first} on", key=name)
     try:
         module = model.get_submodule(name)

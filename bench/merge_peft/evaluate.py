@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,15 +12,17 @@ import torch
 from mergeprobe_fast.errors import InputError
 
 from .base import Base
-from .batches import by_length, collate, make_row
+from .batches import Row, cut, make_row
 from .delta import Delta, applied
 from .generate import Generator
-from .suffix import threads_of
+from .suffix import Suffix, threads_of
 from .tasks.check import check_many
 from .tasks.item import END_OF_TURN, Item
+from .whole import WholeGenerator
 
 WRITTEN_TOKENS = 32  # of a line of code, at most
 _CODE_BATCH = 32  # items written at a time
+_CODE = "code"
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,8 @@ class Evaluation:
       of a token; of equal ones the first counts.
     - code: the line that the model writes greedily, up to ``WRITTEN_TOKENS`` tokens, is run by
       ``tasks.check`` in the sandbox. Where the greedy line is the target no token is generated.
+    - exact and verify with a number "write" in their ``check``: the turn that the model writes
+      greedily, up to the largest of these numbers of tokens, is judged by ``tasks.check``.
 
     The same items, adapter, library versions and ``threads`` give the same numbers: batches are cut
     by the lengths of the items alone. Another number of threads may move the last bits.
@@ -90,7 +94,7 @@ class Evaluation:
         threads: of torch, while this runs; default: as many as it has.
 
     Raises:
-        InputError: no items, items without tokens, a model that cannot be cut in two.
+        InputError: no items, items without tokens, a model that cannot be run in batches.
     """
 
     def __init__(
@@ -99,10 +103,12 @@ class Evaluation:
         if not items:
             raise InputError("no items to evaluate", key="items")
         self.items = tuple(items)
-        self._suffix, self._base, self._threads = base.suffix(first_layer), base, threads
+        self._suffix, self._base, self._threads = base.runner(first_layer), base, threads
         self._rows = [make_row(base, i.prompt, i.options or (i.target,)) for i in self.items]
         self._right = [i.options.index(i.target) if i.options else 0 for i in self.items]
-        self._code = [n for n, item in enumerate(self.items) if item.kind == "code"]
+        # What is written, by where it stops: at the end of a line, or of a turn.
+        self._code = [n for n, item in enumerate(self.items) if item.kind == _CODE]
+        self._turns = [n for n, item in enumerate(self.items) if "write" in item.check]
         self._verdicts: dict[tuple[int, str], bool] = {}
         self._refuse = np.array(
             [int(i.check["refuse"]) if i.kind == "refusal" else -1 for i in self.items], np.int8
@@ -110,11 +116,21 @@ class Evaluation:
         with threads_of(threads):
             states = self._suffix.states(self._rows)
             self._batches = [
-                (chosen, collate([self._rows[n] for n in chosen]), [states[n] for n in chosen])
-                for chosen in by_length([len(row) for row in self._rows])
+                (chosen, batch, [states[n] for n in chosen])
+                for chosen, batch in cut(self._rows, base.device)
             ]
-            rows = [self._rows[n] for n in self._code]
-            self._generator = Generator(self._suffix, rows, stop_tokens(base)) if rows else None
+            self._writers = [
+                (chosen, self._make_generator([self._rows[n] for n in chosen], ends))
+                for chosen, ends in (
+                    (self._code, ("\n", END_OF_TURN)), (self._turns, (END_OF_TURN,)),
+                ) if chosen
+            ]  # fmt: skip
+
+    def _make_generator(self, rows: list[Row], ends: Sequence[str]) -> Generator | WholeGenerator:
+        stops = stop_tokens(self._base, ends)
+        if isinstance(self._suffix, Suffix):
+            return Generator(self._suffix, rows, stops)
+        return WholeGenerator(self._suffix, rows, stops)
 
     def run(self, delta: Delta = None) -> Scores:
         """Scores of the base model with an adapter added to its weights; None: without.
@@ -137,9 +153,12 @@ class Evaluation:
                     among = read.loglik[first[n] : first[n + 1]]
                     correct[n] = int(among.argmax()) == self._right[n]
                     option[n] -= np.logaddexp.reduce(among)
-            answers = self._write(read, first)
-        if self._code:
-            correct[self._code] = self._judge(answers)
+            answers = {
+                n: text for chosen, generator in self._writers
+                for n, text in self._write(chosen, generator, read, first)
+            }  # fmt: skip
+        if answers:
+            correct[[*answers]] = self._judge(answers)
         return Scores(read.loglik[right], option, correct, self._refuse)
 
     def _read(self) -> _Read:
@@ -150,13 +169,13 @@ class Evaluation:
         first = np.cumsum([0, *(row.answers for row in self._rows)])
         for chosen, batch, states in self._batches:
             logits = self._suffix.logits(states, batch)
-            best = logits.argmax(-1)[batch.at].numpy()
+            best = logits.argmax(-1)[batch.at].cpu().numpy()
             total = torch.logsumexp(logits, -1)[batch.at]
-            tokens = (logits[batch.at, batch.labels] - total).double().numpy()
+            tokens = (logits[batch.at, batch.labels] - total).double().cpu().numpy()
             if not np.isfinite(tokens).all():
                 raise InputError("gives log-likelihoods that are not finite", key="delta")
             place = np.concatenate([first[n] + self._rows[n].of for n in chosen])
-            labels = batch.labels.numpy()
+            labels = batch.labels.cpu().numpy()
             for answer in np.unique(place):
                 mine = np.flatnonzero(place == answer)
                 loglik[answer] = tokens[mine].mean()
@@ -166,27 +185,31 @@ class Evaluation:
                     missed[answer] = int(wrong[0]), int(best[mine[wrong[0]]])
         return _Read(loglik, greedy, missed)
 
-    def _write(self, read: _Read, first: np.ndarray) -> list[str]:
-        """What the model writes for each code item."""
-        answers = [self.items[n].target for n in self._code]
-        todo = [k for k, n in enumerate(self._code) if not read.greedy[first[n]]]
+    def _write(
+        self, items: Sequence[int], generator: Generator | WholeGenerator, read: _Read,
+        first: np.ndarray,
+    ) -> Iterator[tuple[int, str]]:  # fmt: skip
+        """What the model writes for each of the generator's items."""
+        answers = [self.items[n].target for n in items]
+        most = max(self.items[n].check.get("write", WRITTEN_TOKENS) for n in items)
+        todo = [k for k, n in enumerate(items) if not read.greedy[first[n]]]
         for start in range(0, len(todo), _CODE_BATCH):
             chosen = todo[start : start + _CODE_BATCH]
             given = []
             for k in chosen:
-                n = self._code[k]
+                n = items[k]
                 kept, token = read.missed[first[n]]
                 given.append([*map(int, self._rows[n].labels[:kept]), token])
-            for k, tokens in zip(
-                chosen, self._generator.write(chosen, given, WRITTEN_TOKENS), strict=True
-            ):
+            for k, tokens in zip(chosen, generator.write(chosen, given, most), strict=True):
                 text = self._base.decode(tokens)
-                answers[k] = text.split("\n", 1)[0].split(END_OF_TURN, 1)[0]
-        return answers
+                if self.items[items[k]].kind == _CODE:
+                    text = text.split("\n", 1)[0]
+                answers[k] = text.split(END_OF_TURN, 1)[0]
+        return zip(items, answers, strict=True)
 
-    def _judge(self, answers: Sequence[str]) -> list[bool]:
-        """The sandbox's verdicts, each asked for once."""
-        pairs = list(zip(self._code, answers, strict=True))
+    def _judge(self, answers: Mapping[int, str]) -> list[bool]:
+        """The verdicts on what was written, each asked for once."""
+        pairs = list(answers.items())
         new = list(dict.fromkeys(pair for pair in pairs if pair not in self._verdicts))
         if new:
             found = check_many([self.items[n] for n, _ in new], [text for _, text in new])
@@ -194,8 +217,8 @@ class Evaluation:
         return [self._verdicts[pair] for pair in pairs]
 
 
-def stop_tokens(base: Base) -> set[int]:
+def stop_tokens(base: Base, ends: Sequence[str] = ("\n", END_OF_TURN)) -> set[int]:
     """Tokens that end a line or a turn: their text holds either."""
     size = base.model.get_input_embeddings().num_embeddings
     texts = (base.decode([i]) for i in range(size))
-    return {i for i, text in enumerate(texts) if "\n" in text or END_OF_TURN in text}
+    return {i for i, text in enumerate(texts) if any(end in text for end in ends)}

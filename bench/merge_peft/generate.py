@@ -8,7 +8,7 @@ import torch
 
 from mergeprobe_fast.errors import InputError
 
-from .batches import Row, by_length, collate
+from .batches import Row, collate, cut
 from .suffix import KeyValues, Suffix
 
 _WORTH_KEEPING = 0.8  # of the rows of a step, below which copying the others saves time
@@ -23,7 +23,8 @@ class Generator:
 
     def __init__(self, suffix: Suffix, rows: Sequence[Row], stops: Collection[int]) -> None:
         self._suffix, self._rows = suffix, list(rows)
-        self._stops = torch.tensor(sorted(stops))
+        self._device = suffix.base.device
+        self._stops = torch.tensor(sorted(stops)).to(self._device)
         self._states = suffix.states(self._rows)
         self._lower = self._run_lower()
 
@@ -42,9 +43,12 @@ class Generator:
             return written
         starts = [int(self._rows[i].reads[0]) + n for i, n in zip(chosen, lengths, strict=True)]
         cache, mask = self._prefill(chosen, starts, most)
-        who = torch.arange(len(chosen))  # the rows that are still written, in the cache's order
-        token = torch.tensor([tokens[-1] for tokens in given])
-        position, length = torch.tensor(starts), torch.tensor(lengths)
+        # The rows that are still written, in the cache's order.
+        who = torch.arange(len(chosen), device=self._device)
+        token, position, length = (
+            torch.tensor(x).to(self._device)
+            for x in ([tokens[-1] for tokens in given], starts, lengths)
+        )
         alive = ~torch.isin(token, self._stops) & (length < most)
         while alive.any():
             # A step costs what its rows do: those that are over go, when they are enough.
@@ -77,7 +81,7 @@ class Generator:
     ) -> tuple[KeyValues, torch.Tensor]:
         """A cache of the rows up to ``starts``, and the mask of a token that comes after."""
         suffix = self._suffix
-        batch = collate([self._rows[i] for i in chosen])
+        batch = collate([self._rows[i] for i in chosen], self._device)
         length = max(starts)
         cache = KeyValues(length, most)
         for layer in range(suffix.first):
@@ -96,15 +100,14 @@ class Generator:
         hidden_keys = torch.arange(length)[None] >= torch.tensor(starts)[:, None]
         mask = torch.zeros(len(chosen), 1, 1, length + most)
         mask[:, 0, 0, :length].masked_fill_(hidden_keys, -torch.inf)
-        return cache, mask
+        return cache, mask.to(self._device)
 
     @torch.no_grad()
     def _run_lower(self) -> list[torch.Tensor]:
         """Keys and values of the layers below the suffix: (layers, 2, heads, t, size) a row."""
         suffix = self._suffix
         found: dict[int, torch.Tensor] = {}
-        for chosen in by_length([len(row) for row in self._rows]):
-            batch = collate([self._rows[i] for i in chosen])
+        for chosen, batch in cut(self._rows, self._device):
             cache = KeyValues(batch.ids.shape[1], 0)
             suffix.run(suffix.embed(batch.ids), batch, 0, suffix.first, cache)
             if sorted(cache.layers) != list(range(suffix.first)):

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .batches import Row, by_length, collate
+from .batches import Row, cut
 from .suffix import Suffix
+from .whole import WholeModel
 
 FLY_SHARE = 0.25  # of a row of FlyLoRA's A that is not zero: 8 of 32 in the paper
 
@@ -54,7 +55,7 @@ def quiet_rows(moment: np.ndarray, rank: int) -> np.ndarray:
 
 
 def input_moments(
-    suffix: Suffix, rows: Sequence[Row], names: Sequence[str]
+    suffix: Suffix | WholeModel, rows: Sequence[Row], names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Mean second moment x x^T of the inputs of modules over all tokens, float64 (d_in, d_in).
 
@@ -74,8 +75,8 @@ def input_moments(
                     same[name] = first
                     return
             seen.append((given[0], name))
-            x = given[0][real[-1]]
-            sums[name] = sums.get(name, 0.0) + (x.T @ x).double().numpy()
+            x = given[0].reshape(*real[-1].shape, -1)[real[-1]]  # some models flatten it
+            sums[name] = sums.get(name, 0.0) + (x.T @ x).double().cpu().numpy()
 
         return record
 
@@ -84,11 +85,9 @@ def input_moments(
         for name in names:
             handle = model.get_submodule(name).register_forward_pre_hook(hook(name))
             stack.callback(handle.remove)
-        for chosen in by_length([len(row) for row in rows]):
-            batch = collate([rows[n] for n in chosen])
+        for chosen, batch in cut(rows, suffix.base.device):
             real.append(batch.real)
-            hidden = torch.nn.utils.rnn.pad_sequence([states[n] for n in chosen], True)
-            suffix.run(hidden, batch, suffix.first, suffix.layers)
+            suffix.walk([states[n] for n in chosen], batch)
             seen.clear()
             count += int(batch.real.sum())
     return {name: sums[same.get(name, name)] / count for name in names}

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from mergeprobe_fast.errors import InputError
 
-from .batches import Batch, Row, by_length, collate, pack
+from .batches import Batch, Row, collate, cut, pack
 
 if TYPE_CHECKING:
     from .base import Base
@@ -94,8 +94,7 @@ class Suffix:
         To be asked for while the model is as it was loaded.
         """
         new = list({row.key: row for row in rows if row.key not in self._states}.values())
-        for chosen in by_length([len(row) for row in new]):
-            batch = collate([new[i] for i in chosen])
+        for _, batch in cut(new, self.base.device):
             hidden = self.run(self._core.embed_tokens(batch.ids), batch, 0, self.first)
             for row, state in zip(batch.rows, hidden, strict=True):
                 self._states[row.key] = state[: len(row)].clone()
@@ -104,6 +103,16 @@ class Suffix:
     def forget(self) -> None:
         """Let go of the states that are kept."""
         self._states.clear()
+
+    def holds(self, module: str) -> bool:
+        """Whether a module of this path would be run again, with another weight."""
+        parts = module.split(".")
+        inside = parts[:2] == ["model", "layers"] and len(parts) > 3
+        return inside and int(parts[2]) >= self.first
+
+    def walk(self, states: Sequence[torch.Tensor], batch: Batch) -> None:
+        """Run the layers over rows of one answer for what their hooks see."""
+        self.run(_padded(states), batch, self.first, self.layers)
 
     def run(
         self, hidden: torch.Tensor, batch: Batch, first: int, last: int,
@@ -167,7 +176,7 @@ class Suffix:
         size = self._core.embed_tokens.num_embeddings
         ids = [(17 * i + 5) % size for i in range(12)]
         row = pack(ids[:1], [[*ids[1:], 0]])
-        batch = collate([row])
+        batch = collate([row], self.base.device)
         hidden = self.run(self._core.embed_tokens(batch.ids), batch, 0, self.first)
         ours = self.logits(list(hidden), batch)
         theirs = self.base.model(input_ids=batch.ids, use_cache=False).logits[0]

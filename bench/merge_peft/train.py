@@ -27,6 +27,7 @@ from .initial import input_moments, quiet_rows, random_rows, sparse_rows
 from .recipe import Recipe
 from .suffix import Suffix, threads_of
 from .tasks.item import Item
+from .whole import WholeModel, layer_prefix
 
 RECORD_NAME = "training.json"
 OTHERS_ITEMS = 100  # of each other domain, for OSRM: as many as in the paper
@@ -95,7 +96,7 @@ def train(
     folder.check()
     names = _modules(recipe, base)
     with threads_of(threads), folder as temporary:
-        suffix = base.suffix(recipe.layers[0])
+        suffix = base.runner(recipe.layers[0])
         rows = [make_row(base, item.prompt, [item.target]) for item in mine]
         suffix.states(rows)
         start = _initial(recipe, suffix, items, names)
@@ -136,7 +137,8 @@ def _already(
 def _modules(recipe: Recipe, base: Base) -> list[str]:
     """Paths of the modules to adapt, in the model's order."""
     first, last = recipe.layers
-    prefixes = tuple(f"model.layers.{i}." for i in range(first, last + 1))
+    start = layer_prefix(base.model)
+    prefixes = tuple(f"{start}{i}." for i in range(first, last + 1))
     found = [
         name for name, module in base.model.named_modules()
         if name.startswith(prefixes) and name.rpartition(".")[2] in recipe.projections
@@ -149,7 +151,7 @@ def _modules(recipe: Recipe, base: Base) -> list[str]:
 
 
 def _initial(
-    recipe: Recipe, suffix: Suffix, items: Sequence[Item], names: Sequence[str]
+    recipe: Recipe, suffix: Suffix | WholeModel, items: Sequence[Item], names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """A0 of every module, float32 (rank, d_in)."""
     rank, seed = recipe.rank, recipe.init_seed
@@ -202,8 +204,9 @@ def _adapted(base: Base, recipe: Recipe, start: Mapping[str, np.ndarray]) -> Ite
 
 
 def _run(
-    recipe: Recipe, model: Any, suffix: Suffix, rows: Sequence[Row], probes: Path | None, name: str
-) -> list[float]:
+    recipe: Recipe, model: Any, suffix: Suffix | WholeModel, rows: Sequence[Row],
+    probes: Path | None, name: str,
+) -> list[float]:  # fmt: skip
     """Train, and return the loss of every step."""
     factors: dict[str, list[torch.nn.Parameter]] = {"A": [], "B": []}
     for path, parameter in model.named_parameters():
@@ -223,10 +226,10 @@ def _run(
     )  # fmt: skip
     losses: list[float] = []
     states = suffix.states(rows)  # all kept from before the adapter was there
-    model.train()
+    model.eval()  # no dropout, which some models have: the same numbers every time
     with recorder as recording:
         for step, chosen in zip(range(recipe.steps), _batches(recipe, len(rows)), strict=False):
-            batch = collate([rows[n] for n in chosen])
+            batch = collate([rows[n] for n in chosen], suffix.base.device)
             loss = suffix.token_losses([states[n] for n in chosen], batch).mean()
             optimizer.zero_grad()
             loss.backward()
