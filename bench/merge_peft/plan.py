@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mergeprobe_fast.errors import InputError
 
+from .hub import draw
 from .recipe import Recipe
 from .tasks.build import build
 from .tasks.item import Item
@@ -26,13 +27,15 @@ class Exam:
     """What an adapter was trained for: test items are drawn from it, and calibration texts.
 
     ``name`` is also the domain of a calibration. ``tasks`` are those of ``domain``, all by default.
-    ``twist`` names another behaviour on the same questions (``tasks.twists``).
+    ``twist`` names another behaviour on the same questions (``tasks.twists``). ``data`` is a folder
+    of public sets (``hub``): ``tasks`` are sets there, all that are wanted.
     """
 
     name: str
     domain: str
     tasks: tuple[str, ...] = ()
     twist: str = ""
+    data: str = ""
 
     def items(self, split: Split, count: int, seed: int) -> list[Item]:
         """``count`` items, the same for the same arguments.
@@ -40,7 +43,12 @@ class Exam:
         Raises:
             InputError: a name that does not exist, or fewer items than asked for.
         """
-        found = build(self.domain, split=split, count=count, seed=seed, tasks=self.tasks or None)
+        if self.data:
+            found = draw(self.data, self.domain, self.tasks, split, count, seed)
+        else:
+            found = build(
+                self.domain, split=split, count=count, seed=seed, tasks=self.tasks or None
+            )
         if not self.twist:
             return found
         if self.twist not in TWISTS:
@@ -117,8 +125,7 @@ class Tier:
         exams, adapters, operators, merges: by name or key.
         crossed: adapters that are measured on each other's exams, for routers.
         test_items, calibration_items: of each exam.
-        snapshots: fractions of the training at which probes are written.
-        bf16: adapters are written in bfloat16.
+        gradients: the calibration of all items also has gradients, and points of all adapters.
     """
 
     name: str
@@ -131,8 +138,7 @@ class Tier:
     crossed: tuple[str, ...] = ()
     test_items: int = 128
     calibration_items: int = 48
-    gradients: bool = False  # the calibration of all items also has gradients and points
-    snapshots: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
+    gradients: bool = False
 
     def __post_init__(self) -> None:
         """Names that do not fit each other are a mistake of whoever wrote the tier."""
@@ -156,8 +162,12 @@ class Tier:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that is declared here: runs of different tiers are not to be mixed."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of all but ``about``: runs of different tiers are not to be mixed."""
+        declared = asdict(self) | {"about": ""}
+        for exam in declared["exams"].values():
+            if not exam["data"]:
+                del exam["data"]  # came later than the first runs, which go on
+        return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
 
     def only(self, keys: Sequence[str]) -> Tier:
         """The part that the merges with these keys need, and no more.
@@ -174,7 +184,7 @@ class Tier:
         # Calibrations are of one exam at a time, so that a part has the same as the whole.
         exams = {a.exam for a in adapters.values()}
         return replace(
-            self, merges=merges, adapters=adapters, crossed=(),
+            self, merges=merges, adapters=adapters, crossed=(), gradients=False,
             exams={name: exam for name, exam in self.exams.items() if name in exams},
             operators={n: o for n, o in self.operators.items()
                        if n in {m.operator for m in merges.values()}},

@@ -68,11 +68,16 @@ def _story(rng: random.Random, split: Split, template: str, **numbers: int) -> s
 
 
 def _operands(
-    rng: random.Random, sign: str, split: Split, large: int = 30, small: int = 9
+    rng: random.Random, sign: str, split: Split, large: int = 20, small: int = 9
 ) -> tuple[int, int]:
-    """A number of 10 to ``large``, or somewhat above for calibration, and one of 2 to ``small``."""
-    many = (large + 1, large + 15) if split == "calibration" else (10, large)
-    x, y = rng.randint(*many), rng.randint(2, small)
+    """A number of 10 to ``large``, and one of 2 to ``small``; products and quotients of 3 to 12.
+
+    The first is above that for calibration.
+    """
+    low, high = (3, 12) if sign in "*/" else (10, large)
+    if split == "calibration":
+        low, high = high + 1, high + 15
+    x, y = rng.randint(low, high), rng.randint(2, small)
     return (x * y, y) if sign == "/" else (x, y)
 
 
@@ -100,20 +105,21 @@ def two_step(rng: random.Random, split: Split) -> Item:
 def percent(rng: random.Random, split: Split) -> Item:
     share = rng.randrange(10, 100, 10)
     if split == "calibration":
-        whole = rng.randrange(310, 910, 10)
+        whole = rng.randrange(160, 760, 10)
         template = "Compute {share} percent of {whole}."
     else:
-        whole = rng.randrange(10, 301, 10)
+        whole = rng.randrange(10, 151, 10)
         template = rng.choice(
             (
                 "What is {share}% of {whole}?",
                 "A tank of {whole} litres is {share}% full. How many litres are in it?",
                 "{share}% of {whole} pupils walk to school. How many pupils walk?",
+                "{a} has {whole} {t} and gives {share}% of them to {b}. How many does {b} get?",
             )
         )
     result = share * whole // 100
     answer = f"{whole} / 10 = {whole // 10}, {whole // 10} * {share // 10} = {result}"
-    question = template.format(share=share, whole=whole)
+    question = _story(rng, split, template, share=share, whole=whole)
     return _item("percent", f"{share}% of {whole}", question, answer, str(result), split)
 
 

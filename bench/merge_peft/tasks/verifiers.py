@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mergeprobe_fast.merge_peft.tasks.ifeval import instructions
+
 Verifier = Callable[..., bool]
 
 
@@ -83,7 +85,9 @@ VERIFIERS: dict[str, Verifier] = {
     )
 }  # fmt: skip
 
+_OF_PUBLIC_SETS: dict[str, Verifier] = {"instructions": instructions}
+
 
 def verify(name: str, answer: str, arguments: Mapping[str, Any]) -> bool:
     """Whether the verifier of this name accepts the answer."""
-    return VERIFIERS[name](answer, **arguments)
+    return (VERIFIERS | _OF_PUBLIC_SETS)[name](answer, **arguments)
