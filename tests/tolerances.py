@@ -148,6 +148,11 @@ TOLERANCES = {
         "10, sqrt(40) u32 10 = 4e-6; measured 3e-7",
         "answers that see each other or are placed behind each other; the delta left out",
     ),
+    "logistic": Tolerance(
+        1e-4, "of the largest weight: slopes below 1e-7 over a curvature of at least the penalty "
+        "1e-2 are 1e-5 a weight, and weights are 0.1 and more", "a penalty off by a hundredth, "
+        "an example left out",
+    ),
     "derivative": Tolerance(
         2e-5, "of ratios and cosines of derivatives y^T W x from float32 canonical factors: one "
         "token's is off by 3 u sqrt(100) = 2e-6 of the rms over tokens where directions are "
@@ -194,6 +199,14 @@ TOLERANCES = {
         5e-5, "K = I + Z Z^T, |K^-1 Z| <= 1/2: a quarter of |dK|, with dK random of about "
         "2 u sqrt(T) K_tt = 1e-4 at T = 2048, K_tt = 19; measured 4e-6 to 1.3e-5",
         "the samples rounded once more to bfloat16 (1e-3 to 1e-2)",
+    ),
+    "resamples": Tolerance(
+        1e-12, "means of some hundred float64 below 10 in another order: n u64 10 = 2e-13",
+        "one item drawn once more",
+    ),
+    "bootstrap": Tolerance(
+        0.14, "relative: the standard deviation of R = 1000 draws is off by 1/sqrt(2 R), 6 times",
+        "items of one key drawn apart: half or less of the error",
     ),
     "autograd": Tolerance(
         1e-5, "of |g|: some 40 roundings in a row, forward and backward through 2 layers in "
