@@ -1,0 +1,197 @@
+"""The part of the results page that says how far damage can be foretold, and what is noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .analysis import FINAL
+from .analysis_predictors import ALL, MEAN, METADATA, PAIR_MEAN, PHYSICAL, RECIPE, WEIGHTS
+from .analysis_splits import SPLITS
+from .charts import number
+from .pictures import Mark, dots
+from .results_operators import markdown, ranged
+
+_SHOWN = 15
+# Shown whatever they are worth: what other tools and papers look at.
+NAMED = ("cosine", "norm_b_to_a", "over_amplification", "row_overlap", "col_overlap",
+          "row_capture_a_by_b", "cross_to_self_a_by_b", "activation_cosine_a",
+          "gradient_cosine_base", "first_order_base_a_by_b", "fisher_cosine_base_a",
+          "damage_base_a_by_b", "damage_trained_a_by_b", "curvature_share_trained_a_by_b",
+          "probe_gradient_cosine", "probe_first_order_a_by_b")  # fmt: skip
+
+
+def pictures(found: Mapping[str, Any]) -> dict[str, str]:
+    """SVG by name; of ``analysis.analyse``."""
+    rows = [r for r in found["splits"]["adapter"] if r.get("rho") is not None
+            and r["name"] != MEAN]  # fmt: skip
+    if not rows:
+        return {}
+    drawn = {r["name"]: [Mark(r["rho"], _sure(r["rho_interval"])),
+                         Mark(r["within"], _sure(r["within_interval"]))] for r in rows}  # fmt: skip
+    title = "Held-out adapters: rank correlation with what is kept, 95 % over adapters"
+    return {"predictors": dots(title, ["overall", "inside a domain pair"], drawn, at=0.0)}
+
+
+def _sure(interval: Sequence[float | None]) -> Sequence[float] | None:
+    return None if None in interval else interval
+
+
+def section(found: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Markdown; ``names`` are the files of pictures."""
+    parts = [
+        "### What is noise", *_noise(found),
+        "### What can be foretold", *_explained(found, names),
+        "### What single signals say", *_signals(found),
+    ]  # fmt: skip
+    if found["early"]:
+        parts += ["### How early", *_early(found)]
+    return "\n\n".join(parts)
+
+
+def _noise(found: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"{found['rows']} directed labels of `{found['operator']}`, pairs of different domains, "
+        f"{found['adapters']} adapters. Reliability: the share of the variance that is not the "
+        "squared standard error of the test items, over all labels and inside a directed domain "
+        "pair, which is what a signal has to explain."
+    )
+    rows = [[name, n["rows"], number(n["sd"]), number(n["sd_within"]), number(n["se"]),
+             number(n["reliability"], 2), number(n["reliability_within"], 2)]
+            for name, n in found["noise"].items() if n]  # fmt: skip
+    yield markdown(["label", "rows", "sd", "sd inside", "s.e.", "reliability", "inside"], rows)
+    told = []
+    for side, s in found["seed_noise"].items():
+        if s["groups"]:
+            told.append(f"the {side}: sd {number(s['sd'])} over {s['groups']} groups, "
+                        f"{percent(s['share'])} of the variance inside a domain pair")  # fmt: skip
+    if told:
+        yield (f"Trained again with other seeds, everything else the same, {found['target']} "
+               "moves with " + "; with ".join(told) + ".")  # fmt: skip
+
+
+def _explained(found: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[str]:
+    yield (
+        f"The directed domain pair alone explains {percent(found['domain_share'])} of the "
+        f"variance of the ranks of {found['target']} in the sample. Below, what is predicted was "
+        "held out with all that shares the named thing with it; retrainings of an adapter leave "
+        "with it. *Inside*: rank correlation inside (fold, directed domain pair), which neither "
+        "domains can earn nor a leave-one-out mean lose. A predictor that knows nothing has an "
+        "overall correlation *below* 0: the mean of the others is low where the held-out label is "
+        "high."
+    )
+    shares = {s["name"]: s["r2"] for s in found["splits"]["adapter"] if "r2" in s}
+    if {PAIR_MEAN, RECIPE, METADATA} <= shares.keys():
+        yield (
+            f"Share of the variance of {found['target']} that is foretold of adapters held out: "
+            f"{percent(shares[PAIR_MEAN])} by the two domains alone, {percent(shares[RECIPE])} by "
+            "training metadata alone (rank, learning rate, steps, layers, variant of both), "
+            f"{percent(shares[METADATA])} by both."
+        )
+    if "predictors" in names:
+        yield f"![Predictors]({names['predictors']})"
+    for split in SPLITS:
+        scored = found["splits"][split]
+        if "rho" not in scored[0]:
+            yield f"**{_a(split)} held out**: {scored[0]['name']}."
+            continue
+        yield f"**{_a(split)} held out** ({scored[0]['rows']} rows)"
+        yield _scores(scored)
+        yield _verdict(scored)
+
+
+def _a(split: str) -> str:
+    return f"{'An' if split == 'adapter' else 'A'} {split}"
+
+
+def _scores(scored: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[s["name"], ranged(s["rho"], s["rho_interval"]),
+             ranged(s["within"], s["within_interval"]), number(s["r2"], 2), number(s["error"]),
+             number(s["auc"], 2), ranged(s["over_pair_mean"], s["over_pair_mean_interval"]),
+             ranged(s["over_metadata"], s["over_metadata_interval"])]
+            for s in scored]  # fmt: skip
+    return markdown(
+        ["predictor", "overall", "inside", "R2", "mean error", "AUC worst quarter",
+         "over the pair's mean", "over metadata"], rows,
+    )  # fmt: skip
+
+
+def _verdict(scored: Sequence[Mapping[str, Any]]) -> str:
+    """In words what the intervals say, null results as such."""
+    by_name = {s["name"]: s for s in scored}
+    told = []
+    if METADATA in by_name:
+        told.append(_gain("Training metadata", by_name[METADATA], "over_pair_mean",
+                          "the domain pair's mean"))  # fmt: skip
+    for name, words in ((WEIGHTS, "Weights and domains"), (PHYSICAL, "Physics and domains"),
+                        (ALL, "All signals and domains")):  # fmt: skip
+        if name in by_name:
+            told.append(_gain(words, by_name[name], "over_metadata", "training metadata"))
+    inside = [s for s in scored if s["within"] is not None]
+    if inside:
+        best = max(inside, key=lambda s: s["within"])
+        told.append(f"Best inside a domain pair: {best['name']}, "
+                    f"{ranged(best['within'], best['within_interval'])}.")  # fmt: skip
+    return " ".join(told)
+
+
+def _gain(words: str, record: Mapping[str, Any], key: str, base: str) -> str:
+    value, interval = record[key], record[f"{key}_interval"]
+    if value is None or None in interval:
+        return f"{words}: nothing can be said."
+    if interval[0] > 0:
+        verdict = "add to"
+    elif interval[1] < 0:
+        verdict = "do worse than"
+    else:
+        verdict = "show no gain over"
+    return f"{words} {verdict} {base}: {ranged(value, interval)}."
+
+
+def _signals(found: Mapping[str, Any]) -> Iterator[str]:
+    late = found["signals"][FINAL]
+    yield (
+        f"Spearman's correlation with {found['target']}, no training. Of {len(late)} signals of "
+        f"the trained weights, the best one reaches {number(found['chance'][FINAL], 2)} inside a "
+        "domain pair by chance once in twenty times. First the strongest, then others that are "
+        "well known."
+    )
+    named = [s for s in late[_SHOWN:] if s["name"].partition(":")[2] in NAMED]
+    times = [time for time in found["signals"] if time != FINAL]
+    early = {time: {s["name"].partition(":")[2]: s for s in found["signals"][time]}
+             for time in times}  # fmt: skip
+    header = ["signal", "overall", "inside", "rows", *(f"inside, {time}" for time in times)]
+    rows = []
+    for s in [*late[:_SHOWN], *named]:
+        name = s["name"].partition(":")[2]
+        rows.append([f"`{name}`", ranged(s["rho"], s["rho_interval"]),
+                     ranged(s["within"], s["within_interval"]), s["rows"],
+                     *(_inside(early[time].get(name)) for time in times)])  # fmt: skip
+    yield markdown(header, rows)
+
+
+def _inside(signal: Mapping[str, Any] | None) -> str:
+    return number(None) if signal is None else ranged(signal["within"], signal["within_interval"])
+
+
+def _early(found: Mapping[str, Any]) -> Iterator[str]:
+    yield ("The same predictors from a snapshot of the training, on the rows where both adapters "
+           "have one of at least 5 steps; others are left out.")  # fmt: skip
+    for time, block in found["early"].items():
+        for split in SPLITS[:2]:
+            scored = block[split]
+            if "rho" not in scored[0]:
+                yield f"**{time}, {_a(split).lower()} held out**: {scored[0]['name']}."
+                continue
+            yield f"**{time}, {_a(split).lower()} held out** ({block['rows']} rows)"
+            yield _scores(scored)
+            by_name = {s["name"]: s for s in scored}
+            named = f"{time}: {ALL}"
+            if named in by_name and PAIR_MEAN in by_name:
+                words = f"All signals at {time.removeprefix('at')}"
+                yield _gain(words, by_name[named], "over_metadata", "training metadata")
+
+
+def percent(share: float | None) -> str:
+    """A share of 1."""
+    return number(None) if share is None else f"{100 * share:.0f} %"

@@ -1,0 +1,108 @@
+"""The results in a few lines, and what falls short: sentences whose numbers are the runs'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .analysis_predictors import ALL, METADATA, PAIR_MEAN
+from .charts import number
+from .results_analysis import percent
+from .results_operators import ranged
+
+_SATURATED = 0.95
+
+
+def short(found: Mapping[str, Any], analysis: Mapping[str, Any] | None) -> str:
+    """Markdown: one line a question; of a summary.json and of ``analysis.analyse``."""
+    told = [*_operators(found), *_routers(found)]
+    if analysis:
+        told += _foretold(analysis)
+    return "\n".join(f"- {line}" for line in told)
+
+
+def _operators(found: Mapping[str, Any]) -> Iterator[str]:
+    for block in found["studies"]:
+        records = [r for r in block["common"] or block["operators"] if r["ll_norm"] is not None]
+        if block["study"] != "pairs" or not records:
+            continue
+        free = [r for r in records if not r["calibration"]]
+        for words, of in (("of all operators", records), ("without data", free)):
+            if of:
+                best = max(of, key=lambda r: r["ll_norm"])
+                yield (f"Pairs, best {words}: {best['operator']}, ll_norm "
+                       f"{ranged(best['ll_norm'], best['ll_norm_interval'], 3)}, the worse of a "
+                       f"pair {number(best['ll_norm_worst'])}, accuracy kept "
+                       f"{ranged(best['retention'], best['retention_interval'])}.")  # fmt: skip
+    sizes = sorted({r["size"] for r in found["capacity"]})
+    if sizes:
+        largest = [r for r in found["capacity"]
+                   if r["size"] == sizes[-1] and r["ll_norm"] is not None]  # fmt: skip
+        for rank in sorted({r["rank"] for r in largest}, key=lambda k: k or 10**6, reverse=True):
+            best = max((r for r in largest if r["rank"] == rank), key=lambda r: r["ll_norm"])
+            at = "of its own rank" if rank is None else f"of rank {rank}"
+            yield (f"{sizes[-1]} adapters in one {at}, best: {best['operator']}, ll_norm "
+                   f"{ranged(best['ll_norm'], best['ll_norm_interval'], 3)}, the worst member "
+                   f"{number(best['ll_norm_worst'])}, accuracy kept "
+                   f"{number(best['retention'], 2)}.")  # fmt: skip
+
+
+def _routers(found: Mapping[str, Any]) -> Iterator[str]:
+    for block in found["studies"]:
+        routed = [r for r in block["operators"] if r["routed_right"] is not None]
+        if routed:
+            told = "; ".join(f"{r['operator']} {number(r['ll_norm'])}" for r in routed)
+            merged = [r for r in block["operators"]
+                      if r not in routed and r["ll_norm"] is not None]  # fmt: skip
+            if merged:
+                best = max(merged, key=lambda r: r["ll_norm"])
+                told += f"; merged at best {number(best['ll_norm'])} ({best['operator']})"
+            yield f"{block['size']} adapters side by side, ll_norm: {told}."
+
+
+def _foretold(analysis: Mapping[str, Any]) -> Iterator[str]:
+    noise = analysis["noise"][analysis["target"]]
+    yield (f"{analysis['target']} of `{analysis['operator']}` is {percent(noise['reliability'])} "
+           f"signal, {percent(noise['reliability_within'])} inside a directed domain pair; which "
+           f"two domains meet is {percent(analysis['domain_share'])} of it.")  # fmt: skip
+    for split in ("adapter", "domain"):
+        by_name = {s["name"]: s for s in analysis["splits"][split] if "rho" in s}
+        if {PAIR_MEAN, METADATA, ALL} <= by_name.keys():
+            told = "; ".join(
+                f"{words} {ranged(by_name[n]['rho'], by_name[n]['rho_interval'])} overall, "
+                f"{number(by_name[n]['within'], 2)} inside"
+                for words, n in (("the domain pair's mean", PAIR_MEAN),
+                                 ("training metadata", METADATA), ("all signals", ALL))
+            )  # fmt: skip
+            yield f"Foretold for a held-out {split}, rank correlation: {told}."
+
+
+def shortfalls(found: Mapping[str, Any], analysis: Mapping[str, Any] | None) -> str:
+    """Markdown: what the numbers do not say, counted."""
+    run, gains = found["run"], found["gains"]
+    unsure = [g["adapter"] for g in gains if g["loglik_gain"] <= 2 * g["loglik_gain_se"]]
+    full = [g["adapter"] for g in gains if g["utility_single"] >= _SATURATED]
+    told = [
+        "One base model, one set of test items: intervals are over adapters and say nothing of "
+        "other models or tasks.",
+        "Calibration texts are other questions in other words, but of the very tasks that are "
+        "tested: methods that learn from data know what is coming.",
+    ]
+    if run["merges"] + len(found["failed"]) < run["merges_planned"]:
+        left = run["merges_planned"] - run["merges"] - len(found["failed"])
+        told.append(f"{left} of {run['merges_planned']} planned merges were not run.")
+    if unsure:
+        told.append(f"{len(unsure)} of {len(gains)} adapters have no sure gain alone and no "
+                    f"ll_norm: {', '.join(unsure)}.")  # fmt: skip
+    if full:
+        told.append(f"{len(full)} of {len(gains)} adapters solve {percent(_SATURATED)} of their "
+                    f"test items or more: {', '.join(full)}.")  # fmt: skip
+    if analysis:
+        for side, s in analysis["seed_noise"].items():
+            if not s["groups"]:
+                told.append(f"No {side} was trained again with other seeds.")
+        told += [f"{sum(counts.values())} adapters have no usable snapshot at "
+                 f"{time.removeprefix('at')}: {counts['too_early']} too early, {counts['missing']} "
+                 "missing." for time, counts in analysis["left_out"].items()
+                 if sum(counts.values())]  # fmt: skip
+    return "\n".join(f"- {line}" for line in told)
