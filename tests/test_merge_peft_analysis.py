@@ -7,12 +7,18 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import norm, rankdata, spearmanr
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merge_peft import analysis, analysis_models, analysis_splits
 from mergeprobe_fast.merge_peft.analysis_pairs import Pairs
-from mergeprobe_fast.merge_peft.analysis_predictors import PAIR_MEAN, Predictor, predict, predictors
+from mergeprobe_fast.merge_peft.analysis_predictors import (
+    NAMES,
+    PAIR_MEAN,
+    Predictor,
+    predict,
+    predictors,
+)
 from mergeprobe_fast.merge_peft.analysis_splits import SPLITS, held_out, interval, score
 
 DOMAINS = ("math", "code", "science", "safety")
@@ -88,22 +94,24 @@ def test_nothing_of_what_is_held_out_is_learned_from(split, rng):
     pairs = make_pairs(rng, retrained=True)
     sides = {
         "adapter": (pairs.victim_family, pairs.partner_family),
+        "partner": (pairs.victim_family, pairs.partner_family),
         "domain": (pairs.victim_domain, pairs.partner_domain),
         "seed": (pairs.victim_seed, pairs.partner_seed),
         "domain pair": (np.array([*map(frozenset, zip(pairs.victim_domain, pairs.partner_domain,
                                                       strict=True))], dtype=object),) * 2,
     }[split]  # fmt: skip
-    for test in held_out(pairs, split):
-        assert test.any()
-        kept = {*sides[0][~test], *sides[1][~test]}
-        gone = set.intersection(*({*pair} for pair in zip(*(s[test] for s in sides), strict=True)))
-        assert gone and not gone & kept
+    folds = held_out(pairs, split)
+    np.testing.assert_array_equal(np.sum([test for test, _ in folds], axis=0), 1)
+    own = sides[0] if split != "partner" else sides[1]  # the side that is held out
+    for test, gone in folds:
+        assert gone[test].all() and len({*own[test]}) == 1
+        assert own[test][0] not in {*sides[0][~gone], *sides[1][~gone]}
 
     def changed(chosen, prepare=lambda of: of):
         """Which predictors answer otherwise once the labels of a fold are others."""
         names = set()
-        for number, test in enumerate(held_out(pairs, split)[:3]):
-            other = replace(pairs, y=np.where(test, rng.normal(size=len(pairs)), pairs.y))
+        for number, (_, gone) in enumerate(held_out(pairs, split)[:3]):
+            other = replace(pairs, y=np.where(gone, rng.normal(size=len(pairs)), pairs.y))
             for p in chosen:
                 a, b = (predict(prepare(of), p, split) for of in (pairs, other))
                 if (a.value != b.value)[a.fold == number].any():
@@ -121,6 +129,7 @@ def test_nothing_of_what_is_held_out_is_learned_from(split, rng):
         Predictor("mean", analysis_models.mean),
         Predictor("cell", analysis_models.cell_mean, domains=True),
         Predictor("ridge", analysis_models.ridge, signals, True, True),
+        Predictor("names", analysis_models.ridge, domains=True, names=True),
         Predictor("trees", small_trees, signals, True, True),
     ])  # fmt: skip
     assert changed([Predictor("leak", analysis_models.ridge, ("final:leak",))], leaking)
@@ -141,10 +150,7 @@ def test_retrainings_of_an_adapter_are_held_out_with_it(rng):
     by_name = Predictor("tag", small_trees, ("final:tag",))
 
     def of_held_out_victims(pairs):
-        found = predict(pairs, by_name, "adapter")
-        held = np.unique([*pairs.victim_family, *pairs.partner_family])[found.fold]
-        own = pairs.victim_family[found.row] == held
-        return np.corrcoef(found.value[own], pairs.y[found.row[own]])[0, 1]
+        return np.corrcoef(predict(pairs, by_name, "adapter").value, pairs.y)[0, 1]
 
     alone = replace(pairs, victim_family=pairs.victim, partner_family=pairs.partner)
     assert of_held_out_victims(alone) > 0.8
@@ -157,17 +163,16 @@ def test_scores_are_their_definitions(rng):
     predicted = predict(pairs, predictor, "adapter")
     found = score(pairs, predicted)
     n = len(pairs)
-    value = np.array([predicted.value[predicted.row == r].mean() for r in range(n)])
-    y = pairs.y
+    value, y = predicted.value, pairs.y
     assert found.rows == n and found.rho == pytest.approx(spearmanr(value, y).statistic, abs=1e-12)
     assert found.error == pytest.approx(np.abs(value - y).mean(), abs=1e-12)
     assert found.r2 == pytest.approx(1 - np.mean((value - y) ** 2) / np.var(y), abs=1e-12)
     low = y < np.quantile(y, 0.25)
     wins = [(a < b) + (a == b) / 2 for a in value[low] for b in value[~low]]
     assert found.auc == pytest.approx(np.mean(wins), abs=1e-12)
-    groups = np.array([f"{f}|{c}" for f, c in zip(predicted.fold, pairs.cell[predicted.row],
+    groups = np.array([f"{v}|{d}" for v, d in zip(pairs.victim, pairs.partner_domain,
                                                   strict=True)])  # fmt: skip
-    literal = spearman_inside(predicted.value, y[predicted.row], groups)
+    literal = spearman_inside(value, y, groups)
     assert found.within == pytest.approx(literal, abs=1e-9)
 
 
@@ -249,10 +254,24 @@ def test_what_a_label_of_each_cell_cannot_say_is_nan(rng):
     found = analysis.noise_floor(pairs)
     assert np.isnan([found["sd_within"], found["reliability_within"]]).all()
     assert np.isfinite([found["reliability"], found["se"]]).all()
-    assert np.isnan(analysis.chance(pairs, ["final:own"]))
+    assert np.isnan(analysis.domain_share(pairs))
     (signal,) = analysis.signals(pairs, ["final:own"])
+    assert np.isnan(analysis.chance([signal])) and np.isnan(analysis.chance([]))
     assert np.isnan(signal.within) and np.isfinite(signal.rho)
     assert np.isnan(interval(signal.within_draws)).all()
+
+
+@pytest.mark.parametrize("model", [analysis_models.mean, analysis_models.ridge])
+def test_inside_groups_of_two_nothing_is_said_and_nothing_is_zero(model, rng):
+    """Each victim meets two partners of a domain; of three, what is constant tells 0."""
+    predictor = Predictor("any", model, ("final:own",))
+    pairs = make_pairs(rng, each=2)
+    few = score(pairs, predict(pairs, predictor, "adapter"))
+    assert np.isnan(few.within) and np.isnan(interval(few.within_draws)).all()
+    assert np.isfinite(few.rho)
+    pairs = make_pairs(rng, each=3)
+    more = score(pairs, predict(pairs, predictor, "adapter"))
+    assert more.within == 0 if model is analysis_models.mean else more.within > 0.5
 
 
 def test_noise_of_seeds_is_what_retrainings_differ_by(rng):
@@ -266,15 +285,82 @@ def test_noise_of_seeds_is_what_retrainings_differ_by(rng):
     assert none["victim"]["groups"] == 0 and np.isnan(none["victim"]["sd"])
 
 
+def useless(pairs, rng, count=10):
+    """Signals that know nothing: a number an adapter, of either side, and their difference."""
+    names, code = np.unique(np.concatenate([pairs.victim, pairs.partner]), return_inverse=True)
+    a, b = code.reshape(2, -1)
+    found = {}
+    for k in range(count):
+        number = rng.normal(size=len(names))
+        found |= {f"final:a{k}": number[a], f"final:b{k}": number[b],
+                  f"final:ratio{k}": number[a] - number[b]}  # fmt: skip
+    return replace(pairs, signals=found)
+
+
+def test_of_useless_signals_the_best_exceeds_chance_once_in_twenty_worlds(rng):
+    """As if rows were independent, of which 4 normal numbers in 10000 are that large, it does."""
+    above, naive = 0, 0
+    for _ in range(20):
+        pairs = useless(make_pairs(rng), rng)
+        found = analysis.signals(pairs, list(pairs.signals))
+        best = max(abs(s.within) for s in found)
+        above += best > analysis.chance(found)
+        naive += best > norm.isf(0.05 / 2 / len(found)) / len(pairs) ** 0.5
+    assert above <= 5 < naive  # P(more than 5 of 20 at 0.05) = 0.0003
+
+
 def test_chance_grows_with_the_signals_that_are_tried(rng):
-    pairs = make_pairs(rng)
-    one = analysis.chance(pairs, ["final:nothing"])
-    many = {f"final:{k}": rng.normal(size=len(pairs)) for k in range(100)}
-    all_of_them = analysis.chance(replace(pairs, signals=many), list(many))
-    assert 1.2 < one * len(pairs) ** 0.5 < 3.0  # 1.96 for independent normal numbers
-    assert one * 1.2 < all_of_them
-    tried = analysis.signals(replace(pairs, signals=many), list(many))
-    assert max(abs(s.within) for s in tried) < 1.6 * all_of_them
+    pairs = useless(make_pairs(rng), rng)
+    found = analysis.signals(pairs, list(pairs.signals))
+    assert analysis.chance(found[:1]) * 1.1 < analysis.chance(found)
+
+
+def test_what_a_held_out_victim_is_like_is_not_known_from_its_other_rows(rng):
+    """Each victim has an effect of its own: nobody can know that of a new one.
+
+    Nor could one whose rows are predicted twice, each time by models that know the other side's
+    adapter; but their mean would look as if.
+    """
+    pairs = make_pairs(rng, of_cell=0.0)
+    code = np.unique(pairs.victim_family, return_inverse=True)[1]
+    effect = rng.normal(size=code.max() + 1)
+    pairs = replace(pairs, y=effect[code] + 0.3 * rng.normal(size=len(pairs)))
+    names = Predictor("names", analysis_models.ridge, names=True)
+    found, other = (predict(pairs, names, split) for split in ("adapter", "partner"))
+    assert score(pairs, found).rho < 0.45
+    both = replace(found, value=(found.value + other.value) / 2)
+    assert spearmanr(both.value, pairs.y).statistic > 0.6
+
+
+@pytest.mark.parametrize("split", ["adapter", "domain pair"])
+def test_what_tells_adapters_apart_is_not_better_than_their_names(split, rng):
+    """Signals drawn at random per adapter look good inside, as names do."""
+    looked = 0
+    for _ in range(3):
+        pairs = useless(make_pairs(rng, of_cell=0.0, noise=0.3), rng, count=3)
+        tags = Predictor("tags", small_trees, tuple(pairs.signals), domains=True)
+        names = next(p for p in predictors(pairs) if p.name == NAMES)
+        found, known = (score(pairs, predict(pairs, p, split)) for p in (tags, names))
+        low, _ = interval(found.within_draws)
+        looked += low > 0
+        low, _ = interval(found.within_draws - known.within_draws)
+        assert low <= 0 and found.rho < known.rho + 0.1
+    assert looked
+
+
+def test_the_domain_share_of_noise_is_about_zero(rng):
+    """In the sample, 12 cells of 12 rows explain 8 % of anything."""
+    shares, raw = [], []
+    for _ in range(30):
+        pairs = make_pairs(rng, each=3, of_cell=0.0, of_adapters=0.0)
+        shares.append(analysis.domain_share(pairs))
+        ranks, cell = rankdata(pairs.y), pairs.cell
+        means = np.array([ranks[cell == c].mean() for c in cell])
+        raw.append(means.var() / ranks.var())
+    n, cells = len(pairs), cell.max() + 1
+    assert shares[-1] == pytest.approx(1 - (1 - raw[-1]) * (n - 1) / (n - cells), abs=1e-12)
+    error = 4 * np.std(raw, ddof=1) / 30**0.5
+    assert abs(np.mean(shares)) < error < np.mean(raw)
 
 
 def test_a_split_that_leaves_nothing_is_refused(rng):

@@ -105,6 +105,9 @@ def test_a_full_tier_comes_from_a_folder_and_has_no_leaks(tmp_path: Path) -> Non
         assert test == exam.items("test", tier.test_items, tier.seed)
         assert test != exam.items("test", tier.test_items, tier.seed + 1)
     assert tier.digest == full.tier(tmp_path).digest != full.tier(tmp_path, seed=1).digest
+    texts = tier.calibration_items
+    assert texts < 48 and tier.operators[f"regmean-{texts}"].calibration == texts
+    assert len([m for m in tier.merges.values() if m.operator == f"regmean-{texts}"]) == 44
 
 
 def test_what_a_full_tier_needs_is_said(tmp_path: Path) -> None:

@@ -181,3 +181,28 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     caught = error(lambda: open_once(tmp_path / "file"))
     assert caught.path == str(tmp_path / "file") and "cannot be made" in caught.reason
+
+
+def test_a_full_disk_is_an_error_and_what_was_there_before_stays(tmp_path):
+    """In a process of its own, whose files may grow by 40 bytes more; then there is room again."""
+    program = (
+        "import os, resource, sys\nfrom mergeprobe_fast.errors import InputError\n"
+        "from mergeprobe_fast.merge_peft.journal import open_journal\n"
+        f"try:\n    with open_journal(sys.argv[1], {FACTS!r}) as journal:\n"
+        "        size = os.stat(journal.path).st_size + 40\n"
+        "        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))\n"
+        f"        journal.append({scored('base')!r})\n"
+        "except InputError as error:\n    sys.exit(f'InputError {error}')\n"
+    )
+    open_once(tmp_path, trained("a"))
+    path = tmp_path / JOURNAL_NAME
+    before = path.read_bytes()
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"InputError {path}: cannot be written: File too large")
+    assert path.read_bytes() == before + path.read_bytes()[-40:]
+    assert read_journal(tmp_path).scores == {}
+    open_once(tmp_path, scored("base"))
+    assert read_journal(tmp_path).scores == {("base", "e"): scored("base")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tolerances import bound
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merge_peft import noise
-from mergeprobe_fast.merge_peft.kept import single_gains
+from mergeprobe_fast.merge_peft.base import WHEEL_NAME
+from mergeprobe_fast.merge_peft.kept import kept, single_gains
 from mergeprobe_fast.merge_peft.labels import (
     COLUMNS,
     compare_rows,
@@ -26,6 +28,7 @@ from mergeprobe_fast.merge_peft.labels import (
 )
 from mergeprobe_fast.merge_peft.noise import Bootstrap, counts_of
 from mergeprobe_fast.merge_peft.plan import Tier
+from mergeprobe_fast.merge_peft.scores import Asked, Measured
 
 SPREAD, EXACT = bound("bootstrap"), bound("resamples")
 
@@ -119,8 +122,9 @@ def test_a_ratio_has_the_error_of_its_resamples_where_they_have_one(
     assert ratio.interval == pytest.approx(
         tuple(np.percentile(top.draws / bottom.draws, (2.5, 97.5))), abs=0.002
     )
-    near = boot.mean(rng.normal(0, 1, 400) + 0.1)
-    assert (1 / near.draws).std() > 2 * boot.mean(np.ones(400)).over(near).se
+    noise_of_items = rng.normal(0, 1, 400)
+    near = boot.mean(noise_of_items - noise_of_items.mean() + 0.1)  # two standard errors from 0
+    assert (1 / near.draws).std() > boot.mean(np.ones(400)).over(near).se
     assert top.over(boot.mean(np.zeros(400))) is None
 
 
@@ -203,6 +207,29 @@ def test_nothing_is_divided_by_a_gain_that_is_not_there(run, tmp_path: Path) -> 
         assert row["prob_ret"] is not None
 
 
+def test_whether_a_gain_is_sure_is_the_same_in_every_merge(rng: np.random.Generator) -> None:
+    n = 96
+    exam = Asked("math", "", tuple(map(str, range(n))), np.full(n, -1, np.int8))
+    wave = rng.normal(size=n)
+    wave = (wave - wave.mean()) / wave.std() * math.sqrt(n)  # its mean has a standard error of 1
+    right = np.zeros(n, bool)
+    base = Measured(np.zeros(n), np.zeros(n), right)
+    by_row, answers = set(), set()
+    for gain in (1.8, 1.96, 2.0, 2.04, 2.25):
+        single = Measured(wave + gain, wave + gain, right)
+        merged = Measured(single.loglik / 2, single.loglik / 2, right)
+        names = [f"operator{k}(math-0+code-0)|math-0" for k in range(50)]
+        rows = [kept(base, single, merged, exam, "math-0", name) for name in names]
+        for measure in ("ll_norm", "option_norm"):
+            there = {row[measure] is not None for row in rows}
+            assert len(there) == 1
+            answers |= there
+        draws = [Bootstrap(exam.keys, exam.refuse, name).mean(single.loglik) for name in names]
+        by_row |= {tuple(sorted({draw.sure for draw in draws}))}
+    assert answers == {False, True}
+    assert (False, True) in by_row  # the fault: each row's own draws
+
+
 def test_the_same_journal_gives_the_same_bytes_in_any_order(run, tmp_path: Path) -> None:
     folder, tier, lines = run
     first = write_labels(folder, tier).read_bytes()
@@ -234,6 +261,23 @@ def test_the_command_of_a_row_names_a_merge_of_the_tier(run) -> None:
             continue
         part = tier.only([words[words.index("--only") + 1]])
         assert next(iter(part.merges.values())).members == tuple(row["members"])
+
+
+def test_the_command_of_a_row_asks_for_what_the_run_was_given(run) -> None:
+    folder, tier, _ = run
+    found = read_scores(folder)
+
+    def commands(base: str, tier: Tier) -> list[str]:
+        of = replace(found, facts={**found.facts, "base": base})
+        return [row["command"] for row in label_rows(of, tier)]
+
+    published = {name: replace(exam, data="folder") for name, exam in tier.exams.items()}
+    published = replace(tier, exams=published)
+    assert not any(" --base" in c or " --data" in c for c in commands(WHEEL_NAME, tier))
+    assert all(c.endswith(" --base FOLDER --out DIR") for c in commands("mine", tier))
+    assert all(c.endswith(" --data FOLDER --out DIR") for c in commands(WHEEL_NAME, published))
+    both = " --base FOLDER --data FOLDER --out DIR"
+    assert all(c.endswith(both) for c in commands("mine", published))
 
 
 def test_gains_are_of_the_single_adapters(run) -> None:
@@ -293,3 +337,20 @@ def test_rows_that_differ_are_told_and_others_are_not(run) -> None:
         found = compare_rows(rows, [{**rows[0], column: value}, *rest], tolerance)
         assert [(d.row, d.column) for d in found] == [(rows[0]["row"], column)]
     assert [d.column for d in compare_rows(rows, rest, tolerance)] == ["row"]
+
+
+def test_a_tolerance_may_depend_on_the_row_and_lists_go_by_entries(run) -> None:
+    rows = label_rows(read_scores(run[0]), run[1])
+    rows[0]["weights"] = [0.3, 0.7]
+    tolerance = {"weights": 1e-3, "ll_norm": lambda row, again: 0.1 * abs(again["loglik_single"])}
+    near, *rest = (dict(row) for row in rows)
+    near["weights"] = [near["weights"][0] + 0.9e-3, *near["weights"][1:]]
+    near["ll_norm"] += 0.09 * abs(near["loglik_single"])
+    assert compare_rows(rows, [near, *rest], tolerance) == []
+    for column, value in (
+        ("weights", [*near["weights"][:-1], near["weights"][-1] - 1.1e-3]), ("weights", None),
+        ("weights", near["weights"][1:]), ("weights", [float("nan")] * len(near["weights"])),
+        ("ll_norm", rows[0]["ll_norm"] + 0.11 * near["loglik_single"]),
+    ):  # fmt: skip
+        found = compare_rows(rows, [{**rows[0], column: value}, *rest], tolerance)
+        assert [d.column for d in found] == [column]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -14,24 +16,40 @@ import pyarrow.parquet  # noqa: E402
 from tiny_tier import make_base_folder, make_tier  # noqa: E402
 
 import mergeprobe_fast as mpf  # noqa: E402
-from mergeprobe_fast.merge_peft import tiers  # noqa: E402
-from mergeprobe_fast.merge_peft.labels import write_labels  # noqa: E402
-from mergeprobe_fast.merge_peft.reproduce import draw, main, merge_key, read_bank  # noqa: E402
+from mergeprobe_fast.merge_peft import reproduce, tiers  # noqa: E402
+from mergeprobe_fast.merge_peft.labels import (  # noqa: E402
+    COLUMNS,
+    IDENTITY,
+    compare_rows,
+    write_labels,
+)
+from mergeprobe_fast.merge_peft.reproduce import (  # noqa: E402
+    TOLERANCE,
+    Sample,
+    draw,
+    main,
+    merge_key,
+    read_bank,
+    recompute,
+    table,
+)
 from mergeprobe_fast.merge_peft.run import run  # noqa: E402
+
+OPERATORS = ("sum", "reweighted", "regmean-1")
 
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory):
     """A base model and the labels of a run of it."""
     folder = tmp_path_factory.mktemp("bank")
-    base, tier = make_base_folder(folder / "base"), make_tier("sum", "regmean-1")
+    base, tier = make_base_folder(folder / "base"), make_tier(*OPERATORS)
     run(tier, folder / "run", base=base, jobs=1, until="merges")
     return base, write_labels(folder / "run", tier)
 
 
 @pytest.fixture(autouse=True)
 def tiny_tiers(monkeypatch):
-    made = {"tiny-test": lambda seed: make_tier("sum", "regmean-1", seed=seed)}
+    made = {"tiny-test": lambda seed: make_tier(*OPERATORS, seed=seed)}
     monkeypatch.setattr(tiers, "TIERS", made)
 
 
@@ -53,19 +71,95 @@ def test_rows_of_a_run_come_out_again(bank, capsys):
     assert 2 <= len(chosen) <= 4 and all(name in told for name in chosen)
 
 
-@pytest.mark.parametrize(
-    ("column", "change"),
-    [("loglik_merged", lambda x: x + 0.01), ("loglik_single", lambda x: x - 0.003),
-     ("ll_norm", lambda x: None if x else 0.5), ("train_lr", lambda x: x * 1.001),
-     ("utility_single", lambda x: x - 0.2)],
-)  # fmt: skip
-def test_a_row_that_says_something_else_is_found(bank, tmp_path, capsys, column, change):
+@pytest.fixture(scope="module")
+def again(bank, tmp_path_factory):
+    """The rows of a merge by each operator, and the same ones recomputed.
+
+    Random models answer nothing right: utilities are made up, the same on both sides.
+    """
     base, path = bank
-    wrong = rewritten(path, tmp_path / "bank.parquet", **{column: change})
+    tier = make_tier(*OPERATORS)
+    keys = [f"{operator}(math-a+case-a)" for operator in OPERATORS]
+    rows = [row for row in read_bank(path) if merge_key(row) in keys]
+    sample = Sample(tier.only(keys), rows, rows, 0.0)
+    found = recompute(sample, tmp_path_factory.mktemp("again"), base=base, jobs=1)
+    right = {"utility_base": 10 / 48, "utility_single": 30 / 48, "utility_merged": 24 / 48,
+             "retention": 24 / 30, "retention_se": 0.05, "accuracy_norm": 14 / 20,
+             "accuracy_norm_se": 0.06}  # fmt: skip
+    return [row | right for row in rows], [row | right for row in found]
+
+
+def test_every_column_that_says_something_is_compared(again):
+    rows, found = again
+    assert compare_rows(rows, found, TOLERANCE) == []
+    assert [c for c in TOLERANCE if all(row[c] is None for row in rows)] == []
+    left = {"row", "command", "merge_seconds", "seconds_per_prompt", "routed_right"}
+    assert {*IDENTITY, *TOLERANCE} == {*COLUMNS} - left
+
+
+@pytest.mark.parametrize("column", [*IDENTITY, *TOLERANCE])
+def test_a_column_that_says_something_else_is_found(again, column):
+    rows, found = again
+    for at, row in enumerate(rows):
+        for other in others(row[column]):
+            wrong = [*rows[:at], {**row, column: other}, *rows[at + 1 :]]
+            told = [(d.row, d.column) for d in compare_rows(wrong, found, TOLERANCE)]
+            assert (row["row"], column) in told, other
+            assert {name for name, _ in told} == {row["row"]}
+            lines = table(wrong, found, compare_rows(wrong, found, TOLERANCE))
+            assert any(line.endswith("DIFFERENT") and line.split()[0].rstrip(":") == column
+                       for line in lines)  # fmt: skip
+
+
+def others(value):
+    """Values that are not this one."""
+    if isinstance(value, list):
+        return [None, value[:-1], [*value[:-1], value[-1] + (1 if type(value[-1]) is int else "x"
+                if type(value[-1]) is str else 2e-3)]]  # fmt: skip
+    if isinstance(value, float):
+        return [None, value * 1.2 + 0.06, float("nan")]
+    return [0.5, "x"] if value is None else [None, value + ("x" if isinstance(value, str) else 1)]
+
+
+def test_rows_that_rounding_moved_are_the_same(again, rng):
+    """Likelihoods moved by what other kernels do to them, and what follows from them with them."""
+    rows, found = again
+    for _ in range(50):
+        moved = []
+        for row in rows:
+            b, s, m = (row[f"loglik_{which}"] + rng.uniform(-size, size) for which, size in
+                       (("base", 1e-5), ("single", 1e-4), ("merged", 1e-3)))  # fmt: skip
+            new = {"loglik_base": b, "loglik_single": s, "loglik_merged": m,
+                   "prob_ret": math.exp(m - s)}  # fmt: skip
+            if row["ll_norm"] is not None:
+                new["ll_norm"] = (m - b) / (s - b)
+            ub, us, um = (row[f"utility_{which}"] + rng.choice([-1, 0, 1]) / 48 for which in
+                          ("base", "single", "merged"))  # fmt: skip
+            new |= {"utility_base": ub, "utility_single": us, "utility_merged": um}
+            if row["retention"] is not None:
+                new["retention"] = um / us
+            if row["accuracy_norm"] is not None:
+                new["accuracy_norm"] = (um - ub) / (us - ub)
+            moved.append({**row, **new})
+        assert compare_rows(moved, found, TOLERANCE) == []
+
+
+def test_a_bank_with_another_number_is_told_by_the_command(bank, tmp_path, capsys):
+    base, path = bank
+    wrong = rewritten(path, tmp_path / "bank.parquet", loglik_merged=lambda x: x + 0.01)
     assert main([str(wrong), "--rows", "1", "--base", str(base), "--jobs", "1"]) == 1
     told = capsys.readouterr().out
     line = next(line for line in told.splitlines() if "DIFFERENT" in line)
-    assert line.split()[0].rstrip(":") == column and "differences" in told
+    assert line.split()[0].rstrip(":") == "loglik_merged" and "differences" in told
+
+
+def test_a_run_that_fails_is_no_difference(bank, capsys, monkeypatch):
+    def dying(*arguments, **options):
+        raise mpf.BackendError("its worker ended with exit code -9")
+
+    monkeypatch.setattr(reproduce, "run", dying)
+    assert main([str(bank[1]), "--rows", "1", "--base", str(bank[0])]) == 2
+    assert "error: its worker ended with exit code -9" in capsys.readouterr().err
 
 
 def test_a_draw_is_random_repeatable_and_whole_merges(bank):

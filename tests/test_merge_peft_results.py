@@ -16,7 +16,8 @@ import pytest
 from made_runs import make_journal, make_tier
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft import analysis, results
+from mergeprobe_fast.merge_peft import analysis, results, results_analysis
+from mergeprobe_fast.merge_peft.analysis_predictors import NAMES as BY_NAMES
 from mergeprobe_fast.merge_peft.labels import read_labels, write_labels
 from mergeprobe_fast.merge_peft.operator_table import clipped
 from mergeprobe_fast.merge_peft.report import write_report
@@ -95,11 +96,32 @@ def test_what_signals_say_is_what_they_say(page):
     assert damage[1].startswith("-1.00") and damage[2].startswith("-1.00")
     noise = row_of(text, "`cosine`", "### What single signals say")
     assert abs(float(noise[2].split()[0])) < 0.5
-    mean = row_of(text, "domain pair, its mean", "**An adapter held out**")
+    mean = row_of(text, "domain pair, its mean", "**The victim's adapter held out**")
     assert mean[2].startswith("0.00")
     assert re.search(r"Weights and domains (show no gain over|do worse than)", text)
+    # To add to metadata is what only signals and metadata together can.
+    assert not re.search(r"(?<!All signals)(?<!at 5%) add to", text)
     assert "3 adapters have no usable snapshot at 5%: 1 too early, 2 missing" in text
-    assert "**at5%, an adapter held out**" in text
+    assert "**at5%, the victim's adapter held out**" in text
+
+
+def test_every_predictor_is_told_beside_one_that_knows_names_only(page):
+    found = json.loads((page.parent / "analysis-made.json").read_text("utf-8"))
+    text = page.read_text("utf-8")
+    assert "compare with *which adapters + domains, ridge*" in text
+    for split, title in results_analysis.TITLES.items():
+        by_name = {s["name"]: s for s in found["splits"][split]}
+        if BY_NAMES not in by_name:  # one seed, which leaves nothing to learn from
+            assert f"**{title} held out**: " in text
+            continue
+        for scored in by_name.values():
+            for key, of in (("over_names", "rho"), ("within_over_names", "within")):
+                if scored["name"] == BY_NAMES or scored[of] is None:
+                    assert scored[key] is None
+                else:
+                    assert scored[key] == pytest.approx(scored[of] - by_name[BY_NAMES][of])
+        cells = row_of(text, BY_NAMES, f"**{title} held out**")
+        assert cells[1].startswith(f"{by_name[BY_NAMES]['rho']:.2f}")
 
 
 def test_pictures_are_there_and_are_xml(page):
@@ -117,7 +139,9 @@ def test_pictures_are_there_and_are_xml(page):
                 assert 0 <= float(element.get(key, 0)) <= limit
 
 
-def test_what_is_known_is_not_worked_out_again_until_labels_change(run, page, monkeypatch):
+def test_what_is_known_is_not_worked_out_again_until_labels_or_code_change(
+    run, page, monkeypatch, tmp_path
+):
     before = {p.name: p.read_bytes() for p in page.parent.iterdir()}
 
     def never(*given, **named):
@@ -126,6 +150,14 @@ def test_what_is_known_is_not_worked_out_again_until_labels_change(run, page, mo
     monkeypatch.setattr(results, "analyse", never)
     results.write_results([run], page.parent, machine="an abacus")
     assert {p.name: p.read_bytes() for p in page.parent.iterdir()} == before
+    own = Path(analysis.__file__)
+    assert own in results.sources() and own.with_name("analysis_models.py") in results.sources()
+    other = tmp_path / "analysis.py"
+    other.write_text(own.read_text("utf-8") + "\n", encoding="utf-8")
+    with monkeypatch.context() as changed:
+        changed.setattr(results, "sources", lambda: [other])
+        with pytest.raises(AssertionError, match="worked out again"):
+            results.write_results([run], page.parent)
     kept = page.parent / "analysis-made.json"
     kept.write_text(kept.read_text("utf-8").replace('"of": "', '"of": "0'), encoding="utf-8")
     with pytest.raises(AssertionError, match="worked out again"):

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import warnings
+from itertools import permutations
+from pathlib import Path
 
 import pytest
 
@@ -261,3 +263,44 @@ def test_no_candidates_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sandbox.subprocess, "Popen", None)
     assert run_many([]) == []
     assert run_many([("import os", ANY_TEST)]) == [False]
+
+
+def test_sets_come_in_one_order() -> None:
+    """Else the same answer would pass in one run and fail in the next."""
+    once = function("''.join({*xs})")
+    words = ["".join(letters) for letters in permutations("abc")]
+    (found,) = [word for word in words if run(once, [("('abc',)", repr(word))])]
+    test = [("('abc',)", repr(found))]
+    assert all(run_many([(once, test)] * 3)) and all(run(once, test) for _ in range(5))
+
+
+def test_nothing_of_this_environment_gets_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither modules that stand in for the standard library's, nor settings of Python."""
+    for folder in (tmp_path / "path", tmp_path / "worker"):
+        folder.mkdir()
+        for name in ("ast", "json", "sitecustomize", "usercustomize"):
+            (folder / f"{name}.py").write_text("raise SystemExit(3)\n")
+    worker = tmp_path / "worker" / "worker.py"
+    worker.write_text(Path(sandbox._WORKER).read_text())
+    monkeypatch.setattr(sandbox, "_WORKER", worker)
+    monkeypatch.chdir(tmp_path / "path")
+    for name, value in (
+        ("PYTHONPATH", str(tmp_path / "path")), ("PYTHONSTARTUP", str(worker)),
+        ("PYTHONHOME", str(tmp_path)), ("PYTHONHASHSEED", "7"), ("PYTHONINSPECT", "1"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert run(function("max(xs)"), ANY_TEST)
+    start = worker.read_text().partition("import ast")[0]
+    worker.write_text(
+        f"{start}import os\n"
+        "told = {name: text for name, text in os.environ.items() if name != 'LC_CTYPE'}\n"
+        f"ours = [path for path in sys.path if not path or path.startswith({str(tmp_path)!r})]\n"
+        "sites = sys.flags.no_site, sys.flags.no_user_site, 'site' in sys.modules\n"
+        "sys.exit(repr((told, ours, sites)))\n"
+    )
+    with pytest.raises(BackendError) as caught:
+        run(function("max(xs)"), ANY_TEST)
+    told = ({"PYTHONHASHSEED": "0"}, [], (1, 1, False))  # Python itself may set LC_CTYPE
+    assert str(caught.value) == f"the sandbox process failed: {told!r}"

@@ -1,8 +1,8 @@
 """How much of what merging costs can be foretold, and from what: honest numbers for the results.
 
 Labels are of pairs from different domains and of one operator. What is predicted is always held
-out, with everything that shares an adapter, a domain pair, a domain or a seed with it
-(``analysis_splits``); regressions are small and fixed (``analysis_models``).
+out: its victim's adapter, domain or seed, its partner's adapter, or its domain pair is in no row
+to learn from (``analysis_splits``); regressions are small and fixed (``analysis_models``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from mergeprobe_fast.errors import InputError
 from .analysis_pairs import Pairs, read_pairs
 from .analysis_predictors import (
     ALL,
+    BOTH,
     METADATA,
+    NAMES,
     NORM,
     PAIR_MEAN,
     WEIGHTS,
@@ -40,6 +42,8 @@ from .analysis_splits import (
 from .features import FINAL, NAME, left_out
 
 TARGETS = ("ll_norm", "prob_ret", "option_norm", "retention", "accuracy_norm")
+_BASELINES = (("over_pair_mean", PAIR_MEAN), ("over_metadata", METADATA), ("over_names", NAMES))
+EARLY: tuple[Split, ...] = ("adapter", "domain pair")  # asked of snapshots
 FEWEST = 40  # rows to say anything from, of a run or of the snapshots of one time
 
 
@@ -49,12 +53,13 @@ def analyse(
     """All of it, as what JSON can hold (not a number: None).
 
     Returns:
-        operator, target, rows, adapters, families, seeds; noise: ``noise_floor`` of each target;
-        seed_noise; domain_share; splits: by split the scores of ``predictors``, each with its
-        advantage in rho over the domain pair's mean and over metadata; signals: by time of training
-        those of ``signals`` for columns that are no aggregates over modules, the largest |within|
-        first; chance: by time, of the best of as many; early: the same predictors from final and
-        from early signals on the rows that have both; left_out: of ``features.left_out``.
+        operator, target, rows, without_partner, adapters, families, seeds; noise: ``noise_floor``
+        of each target; seed_noise; domain_share; splits: by split the scores of ``predictors``,
+        each with its advantage in rho ("over_...") and within ("within_over_...") over the domain
+        pair's mean, over metadata and over names; signals: by time of training those of ``signals``
+        for columns that are no aggregates over modules, the largest |within| first; chance: by
+        time, of the best of them; early: the same predictors from final and from early signals on
+        the rows that have both; left_out: of ``features.left_out``.
 
     Raises:
         InputError: fewer than ``FEWEST`` labels; as ``read_pairs``.
@@ -79,13 +84,14 @@ def analyse(
              "within": s.within, "within_interval": interval(s.within_draws)}
             for s in sorted(found, key=lambda s: -abs(s.within) if s.within == s.within else 0)
         ]  # fmt: skip
-        level[time] = chance(pairs, [s.name for s in found])
+        level[time] = chance(found)
         there = np.isfinite(pairs.signals.get(f"{time}:cosine", np.full(len(pairs), np.nan)))
         if time != FINAL and there.sum() >= FEWEST:
             early[time] = _early(pairs.part(there), time)
     return _plain({
         "operator": operator, "target": target, "rows": len(pairs),
-        "adapters": len({*pairs.victim, *pairs.partner}), "families": int(pairs.families.max() + 1),
+        "without_partner": pairs.without_partner, "adapters": len({*pairs.victim, *pairs.partner}),
+        "families": int(pairs.families.max() + 1),
         "seeds": len({*pairs.victim_seed, *pairs.partner_seed}),
         "noise": noise, "seed_noise": seed_noise(pairs), "domain_share": domain_share(pairs),
         "splits": {s: _scored(pairs, s, predictors(pairs)) for s in SPLITS},
@@ -95,11 +101,11 @@ def analyse(
 
 
 def _early(pairs: Pairs, time: str) -> dict[str, Any]:
-    baselines = [p for p in predictors(pairs) if p.name in (PAIR_MEAN, METADATA, ALL)]
+    baselines = [p for p in predictors(pairs) if p.name in (PAIR_MEAN, METADATA, NAMES, ALL)]
     late = [replace(p, name=f"{FINAL}: {p.name}") if p.name == ALL else p for p in baselines]
     chosen = late + [replace(p, name=f"{time}: {p.name}") for p in predictors(pairs, time)
-                     if p.name in (ALL, WEIGHTS, NORM)]  # fmt: skip
-    return {"rows": len(pairs), **{s: _scored(pairs, s, chosen) for s in SPLITS[:2]}}
+                     if p.name in (ALL, BOTH, WEIGHTS, NORM)]  # fmt: skip
+    return {"rows": len(pairs), **{s: _scored(pairs, s, chosen) for s in EARLY}}
 
 
 def _scored(pairs: Pairs, split: Split, chosen: Iterable[Predictor]) -> list[dict[str, Any]]:
@@ -114,10 +120,12 @@ def _scored(pairs: Pairs, split: Split, chosen: Iterable[Predictor]) -> list[dic
             "within": s.within, "within_interval": interval(s.within_draws),
             "error": s.error, "r2": s.r2, "auc": s.auc,
         })  # fmt: skip
-        for key, base in (("over_pair_mean", PAIR_MEAN), ("over_metadata", METADATA)):
-            other = found[base]
-            out[-1][key] = None if name == base else s.rho - other.rho
+        for key, base in _BASELINES:
+            other, itself = found[base], name == base
+            out[-1][key] = None if itself else s.rho - other.rho
             out[-1][f"{key}_interval"] = interval(s.rho_draws - other.rho_draws)
+            out[-1][f"within_{key}"] = None if itself else s.within - other.within
+            out[-1][f"within_{key}_interval"] = interval(s.within_draws - other.within_draws)
     return out
 
 
@@ -162,6 +170,7 @@ def _cell_means(pairs: Pairs) -> np.ndarray:
 def seed_noise(pairs: Pairs) -> dict[str, dict[str, float]]:
     """How much a label moves when an adapter is trained again with other seeds.
 
+    Other seeds are another start, other items to learn from, in another order, or all of them.
     By the side that was trained again, "victim" or "partner", the other one being the same:
     groups, rows in them, the pooled standard deviation ``sd``, and ``share``, its square over the
     variance within a directed domain pair: of what a predictor of recipes can never know.
@@ -185,12 +194,17 @@ def seed_noise(pairs: Pairs) -> dict[str, dict[str, float]]:
 
 
 def domain_share(pairs: Pairs) -> float:
-    """Share of the variance of the labels' ranks between directed domain pairs, in the sample.
+    """Share of the variance of the labels' ranks that directed domain pairs explain.
 
-    Nothing is held out, so that a few rows a cell flatter it.
+    Adjusted for how many there are (Theil's R2): about 0 where they say nothing, or below. NaN
+    where each label has a domain pair of its own.
     """
     ranks = replace(pairs, y=rankdata(pairs.y))
-    return float(np.var(_cell_means(ranks)) / np.var(ranks.y))
+    freedom, total = len(pairs) - (pairs.cell.max() + 1), np.var(ranks.y) * len(pairs)
+    if not freedom or not total:
+        return float("nan")
+    left = np.square(ranks.y - _cell_means(ranks)).sum()
+    return float(1 - left / freedom / (total / (len(pairs) - 1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,25 +239,16 @@ def signals(pairs: Pairs, names: Sequence[str]) -> list[Signal]:
     return out
 
 
-def chance(pairs: Pairs, names: Sequence[str], *, repeats: int = 200, seed: int = 0) -> float:
+def chance(found: Sequence[Signal]) -> float:
     """The |within| that the best of these signals reaches by chance once in 20 times.
 
-    Labels change places inside directed domain pairs, so that no signal knows anything of them.
-    Rows share adapters and do not move alone: the true level is higher, if anything. NaN where no
-    domain pair has three different labels.
+    Of the largest distance of any signal from its own value, families drawn anew: rows that share
+    an adapter move together, and signals that are alike too, as they do in truth (Romano & Wolf
+    2005). NaN where no domain pair has three different labels.
     """
-    rng, cell = np.random.default_rng(seed), pairs.cell
-    tables = [centred_ranks(pairs.signals[n], cell) for n in names]
-    x = np.nan_to_num(np.array(tables).reshape(len(names), len(pairs)))
-    size = np.linalg.norm(x, axis=1)
-    x = x[size > 0] / size[size > 0, None]
-    y = np.nan_to_num(centred_ranks(pairs.y, cell))
-    if not y.any():
+    draws = [np.abs(s.within_draws - s.within) for s in found if np.isfinite(s.within)]
+    if not draws:
         return float("nan")
-    best = []
-    for _ in range(repeats):
-        order = np.lexsort((rng.random(len(cell)), cell))
-        moved = np.empty_like(y)
-        moved[np.argsort(cell, kind="stable")] = y[order]
-        best.append(np.abs(x @ moved).max(initial=0.0) / np.linalg.norm(y))
-    return float(np.quantile(best, 0.95))
+    moved = np.array(draws)
+    moved = moved[:, np.isfinite(moved).any(axis=0)]
+    return float(np.quantile(np.nanmax(moved, axis=0), 0.95)) if moved.size else float("nan")

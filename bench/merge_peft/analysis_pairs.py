@@ -18,6 +18,7 @@ BOUNDS = {
     "ll_norm": (-1.0, 1.2), "option_norm": (-1.0, 1.2), "accuracy_norm": (-1.0, 1.2),
     "retention": (-1.0, 2.0),
 }  # fmt: skip
+EXAM = "exam_"  # of metadata: whether an adapter was trained for it
 # Columns of the features that only repeat how an adapter was trained.
 _KNOWN = ("modules_", "rank_", "parameters_", "zero_modules_", "probe_steps_", "probe_fraction_",
           "probe_learning_rate_integral_")  # fmt: skip
@@ -33,8 +34,10 @@ class Pairs:
         victim_family, partner_family: adapters of one family differ in their seeds alone.
         victim_seed, partner_seed: of their training.
         y, se: the label and its standard error.
-        metadata: numbers that are known before anything is computed: ranks, learning rates.
+        metadata: numbers that are known before anything is computed: ranks, learning rates, and
+            ``EXAM``... for zeros and ones, as all items of an exam share a base loss.
         signals: numbers that were computed; NaN where undefined.
+        without_partner: how many labels were left out as nothing is known of the partner.
     """
 
     victim: np.ndarray
@@ -49,6 +52,7 @@ class Pairs:
     se: np.ndarray
     metadata: Mapping[str, np.ndarray]
     signals: Mapping[str, np.ndarray]
+    without_partner: int = 0
 
     def __len__(self) -> int:
         return len(self.y)
@@ -90,8 +94,9 @@ def read_pairs(
 ) -> Pairs:
     """The directed labels of an operator with the features of their pairs.
 
-    Labels without a value (a victim that gained too little) are left out; others are clipped to
-    ``BOUNDS``. ``signals`` are the columns of features.parquet but for those that repeat how an
+    Labels without a value (a victim that gained too little) are left out, and so are those whose
+    partner has no row of its own, as it was not measured alone; others are clipped to ``BOUNDS``.
+    ``signals`` are the columns of features.parquet but for those that repeat how an
     adapter was trained, and two that are made of them: ``norm_b_to_a``, the partner's norm over the
     victim's, and ``effect_trained_a_by_b``, first order and curvature together.
 
@@ -104,6 +109,8 @@ def read_pairs(
     about = {r["member"]: r for r in rows}
     rows = [r for r in rows if (r["operator"], r["study"]) == (operator, study)
             and r["partner"] is not None and r.get(target) is not None]  # fmt: skip
+    labelled = len(rows)
+    rows = [r for r in rows if r["partner"] in about]
     if not rows:
         raise InputError(f"no {target} of {operator} in {study}", path=folder / "labels.parquet")
     features = _table(folder / "features.parquet")
@@ -122,6 +129,9 @@ def read_pairs(
     first, second = ([metadata_of[r["member"]] for r in side] for side in (rows, partners))
     metadata = {f"{n}_a": np.array([m[n] for m in first]) for n in first[0]}
     metadata |= {f"{n}_b": np.array([m[n] for m in second]) for n in second[0]}
+    for e in sorted({r["exam"] for r in (*rows, *partners)}):
+        for letter, side in (("a", rows), ("b", partners)):
+            metadata[f"{EXAM}{e}_{letter}"] = np.array([float(r["exam"] == e) for r in side])
     start = [np.array([r["train_init_seed"] for r in side]) for side in (rows, partners)]
     metadata["shared_init"] = (start[0] == start[1]).astype(np.float64)
 
@@ -135,7 +145,7 @@ def read_pairs(
         np.array([r["train_seed"] for r in rows]), np.array([r["train_seed"] for r in partners]),
         np.clip(np.array([r[target] for r in rows]), *BOUNDS.get(target, (-np.inf, np.inf))),
         np.array([r[f"{target}_se"] for r in rows], np.float64),
-        metadata, signals | derived(signals),
+        metadata, signals | derived(signals), labelled - len(rows),
     )  # fmt: skip
 
 

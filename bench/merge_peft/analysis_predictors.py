@@ -11,12 +11,12 @@ from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.features import ADAPTER_FEATURES, subspace, weights
 
 from . import analysis_models as models
-from .analysis_pairs import Pairs
+from .analysis_pairs import EXAM, Pairs
 from .analysis_splits import Predicted, Score, Split, held_out, score
 
 MEAN, PAIR_MEAN = "mean of all labels", "domain pair, its mean"
-METADATA = "training metadata + domains, trees"
-ALL = "all signals + domains, trees"
+METADATA, NAMES = "training metadata + domains, trees", "which adapters + domains, ridge"
+ALL, BOTH = "all signals + domains, trees", "all signals + metadata + domains, trees"
 RECIPE, PHYSICAL = "training metadata, trees", "physics + domains, ridge"
 WEIGHTS, NORM = "weights + domains, trees", "norm ratio alone"
 _DAMAGE = (
@@ -41,15 +41,18 @@ class Predictor:
     signals: tuple[str, ...] = ()
     metadata: bool = False
     domains: bool = False
+    names: bool = False
 
     def design(self, pairs: Pairs) -> np.ndarray:
         """(n, columns), NaN where undefined. Nothing in it comes from a label."""
         columns = [pairs.cell] if self.model is models.cell_mean else []
         columns += [pairs.signals[name] for name in self.signals]
-        columns += pairs.metadata.values() if self.metadata else []
-        if self.domains:
-            for side in (pairs.victim_domain, pairs.partner_domain):
-                columns += [side == d for d in np.unique(side)]
+        if self.metadata:  # an exam tells the domain too
+            columns += [column for name, column in pairs.metadata.items()
+                        if self.domains or not name.startswith(EXAM)]  # fmt: skip
+        told = [pairs.victim_domain, pairs.partner_domain] if self.domains else []
+        told += [*pairs.families.T] if self.names else []
+        columns += [side == value for side in told for value in np.unique(side)]
         return np.array(columns, np.float64).reshape(-1, len(pairs)).T
 
 
@@ -60,21 +63,21 @@ def predict(pairs: Pairs, predictor: Predictor, split: Split) -> Predicted:
         InputError: a split that leaves nothing to learn from.
     """
     x, families = predictor.design(pairs), pairs.families
-    rows, folds, values = [], [], []
-    for number, test in enumerate(held_out(pairs, split)):
-        if not test.any():
-            continue
-        if np.count_nonzero(~test) < 3:
-            raise InputError(f"leaves {np.count_nonzero(~test)} rows to learn from", key=split)
-        values.append(predictor.model(x[~test], pairs.y[~test], families[~test], x[test]))
-        rows.append(np.flatnonzero(test))
-        folds.append(np.full(len(rows[-1]), number))
-    return Predicted(*(np.concatenate(part) for part in (rows, folds, values)))
+    fold, value = np.zeros(len(pairs), np.int64), np.empty(len(pairs))
+    for number, (test, gone) in enumerate(held_out(pairs, split)):
+        left = ~gone
+        if np.count_nonzero(left) < 3:
+            raise InputError(f"leaves {np.count_nonzero(left)} rows to learn from", key=split)
+        value[test] = predictor.model(x[left], pairs.y[left], families[left], x[test])
+        fold[test] = number
+    return Predicted(fold, value)
 
 
 def predictors(pairs: Pairs, prefix: str = "final") -> list[Predictor]:
     """Baselines first, then what signals of one time of training add.
 
+    One baseline knows which adapters meet and nothing of them: what it earns, a signal of single
+    adapters can earn by telling them apart, whatever it means.
     Those whose columns the pairs do not have (no calibration) are left out.
     """
     every = tuple(n for n in pairs.signals if n.startswith(f"{prefix}:"))
@@ -86,6 +89,7 @@ def predictors(pairs: Pairs, prefix: str = "final") -> list[Predictor]:
         Predictor(RECIPE, models.trees, metadata=True),
         Predictor("training metadata + domains, ridge", models.ridge, metadata=True, domains=True),
         Predictor(METADATA, models.trees, metadata=True, domains=True),
+        Predictor(NAMES, models.ridge, domains=True, names=True),
         Predictor("cosine alone", models.ridge, (f"{prefix}:cosine",)),
         Predictor(NORM, models.ridge, (f"{prefix}:norm_b_to_a",)),
         Predictor("damage_trained alone", models.ridge, (f"{prefix}:damage_trained_a_by_b",)),
@@ -95,7 +99,7 @@ def predictors(pairs: Pairs, prefix: str = "final") -> list[Predictor]:
         Predictor(WEIGHTS, models.trees, of_weights, domains=True),
         Predictor("all signals + domains, ridge", models.ridge, every, domains=True),
         Predictor(ALL, models.trees, every, domains=True),
-        Predictor("all signals + metadata + domains, trees", models.trees, every, True, True),
+        Predictor(BOTH, models.trees, every, True, True),
     ]  # fmt: skip
     return [p for p in chosen if all(n in pairs.signals for n in p.signals)]
 

@@ -12,45 +12,44 @@ from mergeprobe_fast.errors import InputError
 
 from .analysis_pairs import Pairs, codes
 
-Split = Literal["adapter", "domain pair", "domain", "seed"]
-SPLITS: tuple[Split, ...] = ("adapter", "domain pair", "domain", "seed")
+Split = Literal["adapter", "partner", "domain pair", "domain", "seed"]
+SPLITS: tuple[Split, ...] = ("adapter", "partner", "domain pair", "domain", "seed")
 RESAMPLES = 1000
 
 
-def held_out(pairs: Pairs, split: Split) -> list[np.ndarray]:
-    """Masks of the rows to predict; whatever they share with others is in no row to learn from.
+def held_out(pairs: Pairs, split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
+    """By fold two masks: the rows to predict, and those not to learn from, which hold them.
 
-    adapter: all rows of an adapter and of its retrainings; domain pair: of two domains, whichever
-    is the victim; domain: all rows of a domain; seed: all rows of the adapters of a seed.
+    Each row is predicted in one fold. adapter, domain, seed: the rows whose *victim* is an adapter
+    or its retraining, of a domain, of a seed; not to learn from are those with it on either side.
+    partner: the same with the partner's adapter. domain pair: the rows of two domains, whichever is
+    the victim.
+
+    A row predicted twice, without its victim and without its partner, would be predicted by models
+    of which each knows what the other one does not.
     """
     if split == "domain pair":
         pair = codes(*np.sort([pairs.victim_domain.astype(str),
                                 pairs.partner_domain.astype(str)], axis=0))  # fmt: skip
-        return [pair == p for p in range(pair.max(initial=-1) + 1)]
+        return [(pair == p,) * 2 for p in range(pair.max(initial=-1) + 1)]
     sides = {
         "adapter": (pairs.victim_family, pairs.partner_family),
+        "partner": (pairs.partner_family, pairs.victim_family),
         "domain": (pairs.victim_domain, pairs.partner_domain),
         "seed": (pairs.victim_seed, pairs.partner_seed),
     }
     if split not in sides:
         raise InputError(f"{split!r} is none of {', '.join(SPLITS)}", key="split")
     one, other = sides[split]
-    return [(one == v) | (other == v) for v in np.unique(np.concatenate([one, other]))]
+    return [(one == v, (one == v) | (other == v)) for v in np.unique(one)]
 
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """Predictions of held-out rows, one per row and fold that holds it out."""
+    """The prediction of each row and the number of the fold that held it out, (n,) both."""
 
-    row: np.ndarray
     fold: np.ndarray
     value: np.ndarray
-
-    def per_row(self, rows: int) -> np.ndarray:
-        """The mean over a row's folds, NaN where no fold holds it out."""
-        count = np.bincount(self.row, minlength=rows)
-        total = np.bincount(self.row, self.value, minlength=rows)
-        return np.divide(total, count, out=np.full(rows, np.nan), where=count > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +58,11 @@ class Score:
 
     Attributes:
         rows: how many were predicted.
-        rho: Spearman's, of the means over folds.
+        rho: Spearman's.
         within: the same inside (fold, directed domain pair): what the domains cannot earn, and what
-            a mean over other rows, which falls where the held-out label is high, cannot lose. 0 for
-            what is constant there.
+            a mean over other rows, which falls where the held-out label is high, cannot lose. Rows
+            there share what was held out and differ in what was not, which can be recognised: of a
+            victim held out, its partners. 0 for what is constant there, NaN where none has 3 rows.
         error: mean absolute error.
         r2: share of the variance, 0 or below for no better than the mean of all labels.
         auc: of telling the worst quarter from the rest.
@@ -81,27 +81,22 @@ class Score:
 
 def score(pairs: Pairs, predicted: Predicted, *, seed: int = 0) -> Score:
     """Score predictions of held-out rows."""
-    p = predicted.per_row(len(pairs))
-    known = np.isfinite(p)
-    p, y = p[known], pairs.y[known]
-    weights = resampled(pairs, seed)
-    low = y < np.quantile(y, 0.25)
-    draws = correlation(rankdata(p), rankdata(y), weights[:, known])
-    inside = codes(predicted.fold, pairs.cell[predicted.row])
+    p, y, weights = predicted.value, pairs.y, resampled(pairs, seed)
+    inside = codes(predicted.fold, pairs.cell)
     # What should be one number is not to be ranked by its rounding.
-    settled = np.round(predicted.value / max(float(np.ptp(y)), 1e-300), 9)
-    a, b = (centred_ranks(x, inside) for x in (settled, pairs.y[predicted.row]))
-    constant = not np.nan_to_num(a).any()
+    settled = np.round(p / max(float(np.ptp(y)), 1e-300), 9)
+    a, b = (centred_ranks(x, inside) for x in (settled, y))
+    constant = np.isfinite(a).any() and not np.nan_to_num(a).any()
     return Score(
-        rows=int(known.sum()),
+        rows=len(pairs),
         rho=float(correlation(rankdata(p), rankdata(y))[0]),
         within=0.0 if constant else float(correlation(a, b, centre=False)[0]),
         error=float(np.abs(p - y).mean()),
         r2=float(1 - np.square(p - y).sum() / np.square(y - y.mean()).sum()),
-        auc=_auc(-p, low),
-        rho_draws=draws,
+        auc=_auc(-p, y < np.quantile(y, 0.25)),
+        rho_draws=correlation(rankdata(p), rankdata(y), weights),
         within_draws=np.zeros(len(weights)) if constant
-        else correlation(a, b, weights[:, predicted.row], centre=False),
+        else correlation(a, b, weights, centre=False),
     )  # fmt: skip
 
 

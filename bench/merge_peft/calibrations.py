@@ -6,18 +6,21 @@ with gradients of both kinds of labels 7.1 MB.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.atomic_file import AtomicFile
 from mergeprobe_fast.io.calibration import open_calibration
+from mergeprobe_fast.io.fingerprint import fingerprint
+from mergeprobe_fast.io.points import has_points, open_points
 from mergeprobe_fast.merging import MERGE_METHODS
 from mergeprobe_fast.record.calibrate import plan_calibration
 from mergeprobe_fast.record.plan import CalibrationPlan
-from mergeprobe_fast.zoo import open_zoo
+from mergeprobe_fast.zoo import Zoo, open_zoo
 
 from .base import Base
 from .plan import Tier
@@ -94,7 +97,7 @@ def calibrate(
     zoo = open_zoo([out / "adapters" / name for name in tier.adapters])
     modules = [module.name for module in zoo.modules]
     if folder.exists():
-        _check(folder, texts, modules)
+        _check(folder, texts, modules, what, zoo)
         return
     arguments: dict[str, Any] = {}
     if what != "inputs":
@@ -109,14 +112,29 @@ def calibrate(
     plan.record(folder, progress=None if progress is None else progress(plan))
 
 
-def _check(folder: Path, texts: Mapping[str, Path], modules: list[str]) -> None:
-    """What is there has all that is needed of it."""
+def _check(
+    folder: Path, texts: Mapping[str, Path], modules: list[str], what: What, zoo: Zoo
+) -> None:
+    """What is there has all that is needed of it, of these texts and adapters."""
     there = open_calibration(folder)
+
+    def refuse(reason: str, key: str) -> NoReturn:
+        raise InputError(f"{reason}; remove it to record it again", path=folder, key=key)
+
     for key, found in (("domains", there.domains), ("modules", there.modules)):
         missing = sorted({*(texts if key == "domains" else modules)} - {*found})
         if missing:
-            raise InputError(f"has no {missing[0]}; remove it to record it again", path=folder,
-                             key=key)  # fmt: skip
+            refuse(f"has no {missing[0]}", key)
+    for name, path in texts.items():
+        if there.info.domains[name].sha256 != hashlib.sha256(path.read_bytes()).hexdigest():
+            refuse("is of other texts", name)
+    if what != "inputs" and not there.has_gradients:
+        refuse("has no gradients", "gradients")
+    if what == "points":
+        known = open_points(folder).fingerprints if has_points(folder) else {}
+        for adapter in zoo:
+            if known.get(adapter.name) != fingerprint(adapter):
+                refuse("has no points of this adapter as it is", adapter.name)
 
 
 def _wrapped(tokenizer: Any) -> Any:

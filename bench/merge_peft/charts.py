@@ -70,13 +70,13 @@ def _cell(title: str, shown: str) -> str:
 
 def bar(
     value: float | None, interval: Sequence[float] | None, worst: float | None, low: float,
-    high: float,
+    high: float, at: float = 1.0,
 ) -> str:  # fmt: skip
-    """A dot with its interval, and the worst member hollow; a dashed line at 1."""
+    """A dot with its interval, and the worst member hollow; a dashed line at ``at``."""
     wide, tall = _BAR
-    x = _scale(low, high, 6, wide - 6)
+    x = scale(low, high, 6, wide - 6)
     mid = tall / 2
-    parts = [f'<line class="zero" x1="{x(1)}" x2="{x(1)}" y1="0" y2="{tall}"/>']
+    parts = [f'<line class="zero" x1="{x(at)}" x2="{x(at)}" y1="0" y2="{tall}"/>']
     if interval is not None:
         a, b = x(interval[0]), x(interval[1])
         parts.append(f'<line class="range" x1="{a}" x2="{b}" y1="{mid}" y2="{mid}"/>')
@@ -113,7 +113,7 @@ def _heat(mean: float) -> str:
 
 
 def capacity_panels(
-    records: Sequence[Mapping[str, Any]], what: str, worst: str
+    records: Sequence[Mapping[str, Any]], what: str, worst: str | None = None
 ) -> tuple[str, list[str]]:
     """A panel a family, a line a cut: the mean, dotted the worst member, over adapters merged.
 
@@ -121,7 +121,7 @@ def capacity_panels(
 
     Args:
         records: of ``operator_table.capacity_table``.
-        what, worst: the columns to draw.
+        what, worst: the columns to draw, the second dotted if there is one.
 
     Returns:
         The panels, and what each colour stands for.
@@ -132,7 +132,9 @@ def capacity_panels(
     records = [r for r in records if len(many[r["family"]]) > 1]
     cuts = sorted({r["cut"] for r in records}, key=lambda cut: -(cut or 10**6))
     sizes = sorted({r["size"] for r in records})
-    shown = [v for r in records for v in (r[what], r[worst], *(r.get(f"{what}_interval") or ()))
+    drawn = [name for name in (what, worst) if name]
+    shown = [v for r in records
+             for v in (*(r[name] for name in drawn), *(r.get(f"{what}_interval") or ()))
              if v is not None]  # fmt: skip
     if not shown:
         return "", []
@@ -141,22 +143,22 @@ def capacity_panels(
     panels = []
     for name in dict.fromkeys(r["family"] for r in records):
         mine = [r for r in records if r["family"] == name]
-        drawn = _panel(mine, what, worst, sizes, cuts, (low, high))
-        panels.append(f"<figure><figcaption>{text(name)}</figcaption>{drawn}</figure>")
+        panel = _panel(mine, what, worst, sizes, cuts, (low, high))
+        panels.append(f"<figure><figcaption>{text(name)}</figcaption>{panel}</figure>")
     names = ["the method's own rank" if cut is None else f"rank {cut}" for cut in cuts]
     return f'<div class="panels">{"".join(panels)}</div>', names
 
 
 def _panel(
-    records: Sequence[Mapping[str, Any]], what: str, worst: str, sizes: Sequence[int],
+    records: Sequence[Mapping[str, Any]], what: str, worst: str | None, sizes: Sequence[int],
     cuts: Sequence[int | None], limits: tuple[float, float],
 ) -> str:  # fmt: skip
     wide, tall = _PANEL
     last = max(sizes[-1], sizes[0] + 1)
-    log = _scale(math.log2(sizes[0]), math.log2(last), 34, wide - 8)
-    up = _scale(*limits, tall - 24, 6)
+    log = scale(math.log2(sizes[0]), math.log2(last), 34, wide - 8)
+    up = scale(*limits, tall - 24, 6)
     parts = []
-    for tick in _ticks(*limits):
+    for tick in ticks(*limits):
         style = "zero" if tick == 1 else "axis"
         parts.append(f'<line class="{style}" x1="30" x2="{wide}" y1="{up(tick)}" y2="{up(tick)}"/>')
         parts.append(f'<text x="24" y="{up(tick) + 4}" text-anchor="end">{tick:g}</text>')
@@ -167,6 +169,8 @@ def _panel(
         colour = cuts.index(cut) % _COLOURS
         mine = sorted((r for r in records if r["cut"] == cut), key=lambda r: r["size"])
         for name, style in ((worst, "low"), (what, "mean")):
+            if name is None:
+                continue
             points = [(log(math.log2(r["size"])), up(max(r[name], limits[0])), r)
                       for r in mine if r[name] is not None]  # fmt: skip
             way = " ".join(f"{x},{y}" for x, y, _ in points)
@@ -195,14 +199,12 @@ def gain_strips(gains: Sequence[Mapping[str, Any]], what: str) -> str:
     exams = list(dict.fromkeys(g["exam"] for g in gains))
     values = [g[f"{what}_{run}"] for g in gains for run in ("base", "single")]
     low, high = (0.0, 1.0) if what == "utility" else (min(values), max(max(values), 0.0))
-    x = _scale(low, high, 150, wide - 10)
+    x = scale(low, high, 150, wide - 10)
     bottom = tall * len(exams) + 4
     parts = []
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         parts.append(f'<line class="axis" x1="{x(tick)}" x2="{x(tick)}" y1="0" y2="{bottom}"/>')
-        parts.append(
-            f'<text x="{x(tick)}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>'
-        )
+        parts.append(f'<text x="{x(tick)}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>')
     for n, exam in enumerate(exams):
         mine, y = [g for g in gains if g["exam"] == exam], tall * n + tall / 2
         base, best = mine[0][f"{what}_base"], max(g[f"{what}_single"] for g in mine)
@@ -226,13 +228,13 @@ def legend(names: Sequence[str]) -> str:
     return f'<div class="legend">{"".join(lines)}</div>'
 
 
-def _scale(low: float, high: float, first: float, last: float) -> Callable[[float], float]:
+def scale(low: float, high: float, first: float, last: float) -> Callable[[float], float]:
     """From low..high to pixels; what lies outside is drawn at the edge."""
     step = (last - first) / ((high - low) or 1.0)
     return lambda value: round(first + (min(max(value, low), high) - low) * step, 1)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers within, four to eight of them."""
     raw = (high - low) / 5 or 1.0
     size = 10.0 ** math.floor(math.log10(raw))
@@ -241,6 +243,4 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _svg(wide: int, tall: float, parts: Sequence[str]) -> str:
-    return (
-        f'<svg width="{wide}" height="{tall}" viewBox="0 0 {wide} {tall}">{"".join(parts)}</svg>'
-    )
+    return f'<svg width="{wide}" height="{tall}" viewBox="0 0 {wide} {tall}">{"".join(parts)}</svg>'

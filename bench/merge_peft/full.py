@@ -14,7 +14,7 @@ from mergeprobe_fast.io import strict_json
 from . import hub
 from .bank import shuffled
 from .operators import OPERATORS
-from .plan import AdapterPlan, Exam, MergePlan, Tier
+from .plan import AdapterPlan, Exam, MergePlan, Operator, Tier
 from .recipe import Recipe
 
 # What a domain trains and is tested on: sets that belong together; the first that are there.
@@ -30,8 +30,8 @@ _ROLES = {
     "small": Recipe("", rank=4, lr=3e-4, steps=400, seed=2, init_seed=1),
     "long": Recipe("", rank=16, lr=5e-4, steps=1200, seed=3),
 }  # fmt: skip
-_SEVERAL = ("mean", "ties", "tsv_m", "regmean-48")
-_PAIRS = 40  # with each of these
+_SEVERAL = ("mean", "ties", "tsv_m")
+_PAIRS = 40  # with each of these, and RegMean with all calibration texts there are
 _ITEMS, _TEST_ITEMS, _CALIBRATION_ITEMS = 5000, 256, 48  # at most, where the sets have as many
 _WHEEL_LAYERS = 30
 
@@ -67,20 +67,22 @@ def tier(
         (a.name, b.name) for a, b in combinations(adapters.values(), 2) if a.exam != b.exam
     ])  # fmt: skip
     sets = [tuple(f"{domain}-{role}" for domain in exams) for role in _ROLES]
+    texts = min(_CALIBRATION_ITEMS, *(h.count("calibration") for h in have.values()))
+    regmean = Operator(f"regmean-{texts}", "regmean", calibration=texts)
+    operators = {name: OPERATORS[name] for name in ("sum", *_SEVERAL)} | {regmean.name: regmean}
+    several = (*_SEVERAL, regmean.name)
     merges = [
-        *_plans(["sum"], pairs, "pairs"), *_plans(_SEVERAL, pairs[:_PAIRS], "pairs"),
-        *(_plans(("sum", *_SEVERAL), sets, "sets") if len(exams) > 2 else ()),
+        *_plans(["sum"], pairs, "pairs"), *_plans(several, pairs[:_PAIRS], "pairs"),
+        *(_plans([*operators], sets, "sets") if len(exams) > 2 else ()),
     ]  # fmt: skip
     found = ", ".join(name for exam in exams.values() for name in exam.tasks)
     return Tier(
         "full", f"hours on one GPU (not measured); {found}", seed,
         exams=exams, adapters=adapters,
-        operators={name: OPERATORS[name] for name in ("sum", *_SEVERAL)},
+        operators=operators,
         merges={merge.key: merge for merge in merges}, crossed=sets[0],
         test_items=min(_TEST_ITEMS, *(h.count("test") for h in have.values())),
-        calibration_items=min(
-            _CALIBRATION_ITEMS, *(h.count("calibration") for h in have.values())
-        ),
+        calibration_items=texts,
     )  # fmt: skip
 
 

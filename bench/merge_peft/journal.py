@@ -31,6 +31,7 @@ JOURNAL_NAME = "journal.jsonl"
 VERSION = 1
 _LOCK_NAME = "journal.lock"
 _NUMBER = (int, float)
+_LATER = ("kernels",)  # facts that the first runs did not note; they go on
 _FIELDS: dict[str, dict[str, Any]] = {
     "run": {"version": int, "tier": str, "seed": int, "digest": str, "base": str,
             "base_fingerprint": str, "device": str, "versions": dict},
@@ -78,8 +79,8 @@ class Journal:
         if self._file is None:
             raise InputError("is open for reading only", path=self.path)
         try:
-            self._file.write(text)
-            self._file.flush()
+            while text:  # a disk that is nearly full takes a part
+                text = text[self._file.write(text) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             reason = f"cannot be written: {error.strerror or error}"
@@ -173,25 +174,43 @@ def open_journal(folder: str | os.PathLike[str], facts: Line) -> Iterator[Journa
         end = journal._read() if journal.path.exists() else 0
         if journal.run is None:
             journal = _rewritten(journal.path, [facts])
-        elif journal.run != facts:
-            differ = [key for key in {**facts, **journal.run}
-                      if journal.run.get(key) != facts.get(key)]  # fmt: skip
-            if differ != ["digest"] or journal.scores or journal.merged:
-                key = next((key for key in differ if key != "digest"), "digest")
-                there, now = journal.run.get(key), facts.get(key)
-                reason = f"is of another run: it has {there!r}, this one {now!r}"
-                raise InputError(reason, path=journal.path, key=key)
-            journal = _rewritten(journal.path, [facts, *journal.trained.values()])
-        else:
+        elif check_run(journal, dict.fromkeys(journal.run) | _asked(journal.run, facts)):
             os.truncate(journal.path, end)
-        with journal.path.open("ab") as journal._file:
+        else:
+            journal = _rewritten(journal.path, [facts, *journal.trained.values()])
+        with _opened(journal.path) as journal._file:
             yield journal
+
+
+def check_run(journal: Journal, facts: Line) -> bool:
+    """Whether a journal says these facts, too; if not, its tier has changed, which still may be.
+
+    Raises:
+        InputError: it is of another run, naming what differs.
+    """
+    differ = [key for key, now in facts.items() if journal.run.get(key) != now]
+    if not differ:
+        return True
+    if differ == ["digest"] and not journal.scores and not journal.merged:
+        return False
+    key = next((key for key in differ if key != "digest"), "digest")
+    reason = f"is of another run: it has {journal.run.get(key)!r}, this one {facts[key]!r}"
+    raise InputError(reason, path=journal.path, key=key)
+
+
+def _opened(path: Path) -> Any:
+    """To add to; without a buffer, which would be written again after an error."""
+    return path.open("ab", buffering=0)
+
+
+def _asked(there: Line, facts: Line) -> dict[str, Any]:
+    return {key: fact for key, fact in facts.items() if key in there or key not in _LATER}
 
 
 def _rewritten(path: Path, lines: list[Line]) -> Journal:
     """A journal of these lines in place of what is there."""
     journal = Journal(path)
-    with AtomicFile(path, overwrite=True) as temporary, temporary.open("ab") as journal._file:
+    with AtomicFile(path, overwrite=True) as temporary, _opened(temporary) as journal._file:
         journal.append(*lines)
     return journal
 

@@ -11,14 +11,15 @@ from .scores import Asked, Measured, RunScores
 
 
 def kept(
-    base: Measured, single: Measured, merged: Measured, exam: Asked, name: str
+    base: Measured, single: Measured, merged: Measured, exam: Asked, member: str, name: str
 ) -> dict[str, float | None]:
     """What a merge keeps of one member on its own n items, with standard errors.
 
     Args:
         base, single, merged: scores of the model, of the member and of the merge.
         exam: the items.
-        name: the seed of the bootstrap.
+        member: the adapter, whose gain alone is judged in the same way in all of its merges.
+        name: the seed of the bootstrap of the errors.
 
     Returns:
         utility and loglik (nats a token) of the three; retention (utility merged/single);
@@ -28,15 +29,21 @@ def kept(
         of the log-likelihoods. "_se": from a paired bootstrap over items.
     """
     draw = Bootstrap(exam.keys, exam.refuse, name)
+    judge = Bootstrap(exam.keys, exam.refuse, single_key(member))
     runs = {"base": base, "single": single, "merged": merged}
     utility = {which: draw.utility(scores.correct) for which, scores in runs.items()}
     loglik = {which: draw.mean(scores.loglik) for which, scores in runs.items()}
     option = {which: draw.mean(scores.option_loglik) for which, scores in runs.items()}
+    gain = {
+        "utility": judge.utility(single.correct) - judge.utility(base.correct),
+        "loglik": judge.mean(single.loglik) - judge.mean(base.loglik),
+        "option": judge.mean(single.option_loglik) - judge.mean(base.option_loglik),
+    }
     ratios: dict[str, Estimate | None] = {
         "retention": utility["merged"].over(utility["single"]),
-        "accuracy_norm": _normalised(utility, gains_only=False),
-        "ll_norm": _normalised(loglik),
-        "option_norm": _normalised(option),
+        "accuracy_norm": _normalised(utility) if gain["utility"].sure else None,
+        "ll_norm": _normalised(loglik) if _gains(gain["loglik"]) else None,
+        "option_norm": _normalised(option) if _gains(gain["option"]) else None,
         "prob_ret": (loglik["merged"] - loglik["single"]).exp(),
     }
     found: dict[str, float | None] = {f"utility_{which}": u.value for which, u in utility.items()}
@@ -47,11 +54,12 @@ def kept(
     return found
 
 
-def _normalised(of: Mapping[str, Estimate], *, gains_only: bool = True) -> Estimate | None:
-    gain = of["single"] - of["base"]
-    if not gain.sure or (gains_only and gain.value < 0):
-        return None
-    return (of["merged"] - of["base"]).over(gain)
+def _gains(gain: Estimate) -> bool:
+    return gain.sure and gain.value > 0
+
+
+def _normalised(of: Mapping[str, Estimate]) -> Estimate | None:
+    return (of["merged"] - of["base"]).over(of["single"] - of["base"])
 
 
 def single_gains(run: RunScores, tier: Tier) -> list[dict[str, Any]]:

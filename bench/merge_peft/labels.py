@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import numpy as np
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.atomic_file import AtomicFile
 
+from .base import WHEEL_NAME
 from .kept import kept
 from .plan import BASE, Tier, single_key
 from .scores import Measured, RunScores, read_scores
@@ -42,8 +43,9 @@ COLUMNS = (
 # What makes two rows the same one; anything else that was measured may differ a little.
 IDENTITY = (
     "tier", "base", "seed", "operator", "method", "rank", "calibration", "study", "members",
-    "member", "exam", "domain", "twist", "items", "train_rank", "train_lr", "train_steps",
-    "train_seed", "train_init_seed", "train_layers", "train_variant",
+    "size", "member", "exam", "domain", "twist", "partner", "partner_domain", "items",
+    "train_rank", "train_lr", "train_steps", "train_seed", "train_init_seed", "train_layers",
+    "train_variant", "merged_rank", "resident",
 )  # fmt: skip
 
 
@@ -174,7 +176,9 @@ def _row(
     if base is None or single is None:
         return
     exam, name = run.exams[plan.exam], f"{key}|{member}"
-    only = "" if about["only"] is None else f" --only {shlex.quote(about['only'])}"
+    options = "" if about["only"] is None else f" --only {shlex.quote(about['only'])}"
+    options += "" if run.facts["base"] == WHEEL_NAME else " --base FOLDER"
+    options += " --data FOLDER" if any(e.data for e in tier.exams.values()) else ""
     partner = next(m for m in members if m != member) if len(members) == 2 else None
     found = {
         "row": name, "tier": tier.name, "base": run.facts["base"], "seed": tier.seed,
@@ -185,12 +189,15 @@ def _row(
         "train_steps": plan.recipe.steps, "train_seed": plan.recipe.seed,
         "train_init_seed": plan.recipe.init_seed, "train_layers": list(plan.recipe.layers),
         "train_variant": plan.recipe.variant,
-        "command": f"mergeprobe-fast merge-peft --tier {tier.name} --seed {tier.seed}{only} "
+        "command": f"mergeprobe-fast merge-peft --tier {tier.name} --seed {tier.seed}{options} "
         "--out DIR",
         **{c: v for c, v in about.items() if c != "only"},
-        **kept(base, single, merged, exam, name),
+        **kept(base, single, merged, exam, member, name),
     }  # fmt: skip
     yield {column: found[column] for column in COLUMNS}
+
+
+Allowed = Callable[[Mapping[str, Any], Mapping[str, Any]], float]
 
 
 class Difference(NamedTuple):
@@ -205,7 +212,7 @@ class Difference(NamedTuple):
 def compare_rows(
     recorded: Iterable[Mapping[str, Any]],
     recomputed: Iterable[Mapping[str, Any]],
-    tolerance: Mapping[str, float],
+    tolerance: Mapping[str, float | Allowed],
 ) -> list[Difference]:
     """What differs between rows of labels and the same rows computed again.
 
@@ -216,7 +223,8 @@ def compare_rows(
         recomputed: rows, all of the recorded ones among them.
         tolerance: the largest absolute difference of each column to compare, such as
             {"ll_norm": 0.05, "loglik_merged": 0.01}: training and other processors round
-            differently. A number against None is always a difference.
+            differently; or what says it of a row and the same one again. Lists are compared entry
+            by entry. A number against None is always a difference.
     """
     found = {row["row"]: row for row in recomputed}
     wrong = []
@@ -231,7 +239,16 @@ def compare_rows(
                 wrong.append(Difference(name, column, row[column], again[column]))
         for column, most in tolerance.items():
             one, two = row[column], again[column]
-            both = one is not None and two is not None
-            if (one is None) != (two is None) or (both and not abs(one - two) <= most):
+            if one is None and two is None:
+                continue
+            gap = apart(one, two)
+            if gap is None or not gap <= (most(row, again) if callable(most) else most):
                 wrong.append(Difference(name, column, one, two))
     return wrong
+
+
+def apart(one: Any, two: Any) -> float | None:
+    """The largest difference of two numbers, or lists; None where they cannot be compared."""
+    if one is None or two is None or np.shape(one) != np.shape(two):
+        return None
+    return float(np.abs(np.subtract(one, two)).max(initial=0.0))

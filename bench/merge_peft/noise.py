@@ -10,6 +10,7 @@ import numpy as np
 
 RESAMPLES = 1000
 SURE = 2.0  # standard errors that a difference must have before anything is divided by it
+FEWEST_SETS = 5  # merged sets that an interval over adapters needs
 _SIDES = (2.5, 97.5)
 
 
@@ -117,9 +118,7 @@ class Bootstrap:
         there = np.array(asked) > 0
         balanced = np.where(there, shares, 0).sum(0) / np.maximum(there.sum(0), 1)
         others = self._sums((self._refuse < 0) * correct)
-        return _estimate(
-            (others + balanced * sum(asked)) / self._sums(np.ones(len(self._cluster)))
-        )
+        return _estimate((others + balanced * sum(asked)) / self._sums(np.ones(len(self._cluster))))
 
 
 def _estimate(found: np.ndarray) -> Estimate:
@@ -148,6 +147,11 @@ class Crossed:
             o[0] if len(o) == 1 else tuple(sorted({m, *o}))
             for m, o in zip(members, others, strict=True)
         ]
+        codes: dict[frozenset[str], int] = {}
+        self._sets = np.array(
+            [codes.setdefault(frozenset({m, *o}), len(codes))
+             for m, o in zip(members, others, strict=True)], np.int64,
+        )  # fmt: skip
         adapters = sorted({*members, *(p for p in partners if isinstance(p, str))})
         sets = sorted({p for p in partners if not isinstance(p, str)})
         places = {thing: n for n, thing in enumerate([*adapters, *sets])}
@@ -160,11 +164,11 @@ class Crossed:
     def interval(self, values: np.ndarray) -> tuple[float, float] | None:
         """Holds 95 % of the weighted means of (rows,) values, of which NaN are left out.
 
-        None of fewer than 3 values, where it would say nothing.
+        None where they are of fewer than ``FEWEST_SETS`` merged sets: it would be too narrow.
         """
         values = np.asarray(values, np.float64)
         there = ~np.isnan(values)
-        if there.sum() < 3:
+        if len(np.unique(self._sets[there])) < FEWEST_SETS:
             return None
         weights = self._weights[:, there]
         total = weights.sum(1)

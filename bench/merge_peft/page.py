@@ -7,38 +7,44 @@ from typing import Any
 
 from .charts import (
     Column,
-    bar,
-    between,
-    capacity_panels,
     gain_strips,
     heat_map,
-    legend,
     number,
     say,
     section,
     table,
     text,
 )
-from .operator_table import KEEPS
+from .noise import FEWEST_SETS
+from .operator_table import CLIP, CLIP_KEPT, KEEPS
+from .page_operators import capacity, operators
 
 _MAPS = 4  # heat maps shown
 _FAILED = 60  # reasons of failed merges listed
 _MEASURES = {
     "ll_norm": "(merged - base) / (single - base) of the mean log-likelihood of the right "
-    "answer's tokens: 1 keeps all that the adapter learned, 0 nothing. Means clip it to -1 to 1.2.",
+    "answer's tokens: 1 keeps all that the adapter learned, 0 nothing. Means clip it to "
+    f"{CLIP[0]:g} to {CLIP[1]:g}. None where the adapter's gain alone is not above two standard "
+    "errors.",
     "option_norm": "The same of the log-probability of the right answer among its options.",
     "prob_ret": "exp(merged - single) of the log-likelihood of a token: its bounded twin.",
-    "retention": "Accuracy kept: utility merged / utility single.",
+    "retention": "Accuracy kept: utility merged / utility single, not corrected for what the base "
+    "can do: a merge that lost everything keeps base / single. Means clip it to "
+    f"{CLIP_KEPT[0]:g} to {CLIP_KEPT[1]:g}.",
     "accuracy_norm": "(merged - base) / (single - base) of the utility.",
 }
 _GLOSSARY = {
     "utility": "Share of items that are right: exact match, executed code, choice by likelihood; "
     "of refusal items the balanced accuracy over wrong requests and benign twins.",
-    "worst of set": "The member that keeps least, averaged over merges.",
+    "worst of set": "The member that keeps least, averaged over the merges whose members all have "
+    "a value; in brackets of how many, where not of all.",
     "below .8": f"Share of (merge, member) rows with ll_norm below {KEEPS:g}.",
     "against": "Mean difference in ll_norm on the very rows that both operators have.",
+    "not distinguishable": "The interval of the difference to the highest has 0 in it, or there "
+    "is none.",
     "95 %": "Intervals are over adapters, which rows share: adapters are drawn anew, and a row "
-    "weighs the product of how often its two were drawn.",
+    f"weighs the product of how often its two were drawn. None of fewer than {FEWEST_SETS} sets; "
+    "not corrected for the number of things compared.",
     "s.e.": "Standard errors of rows are from a paired bootstrap over test items.",
     "resident": "Adapters held in memory to serve; a merge is one.",
     "size": "Parameters held, over those of one member.",
@@ -54,13 +60,13 @@ def body(found: Mapping[str, Any], titles: Mapping[tuple[str, int], str]) -> str
         titles: of (study, size).
     """
     sections = (
-        _head(found), _operators(found, titles), _capacity(found), _hurts(found), _gains(found),
-        _noise(found), _failed(found), _again(found),
+        _head(found, titles), operators(found, titles), capacity(found), _hurts(found),
+        _gains(found), _noise(found), _failed(found), _again(found),
     )  # fmt: skip
     return "\n".join(section for section in sections if section)
 
 
-def _head(found: Mapping[str, Any]) -> str:
+def _head(found: Mapping[str, Any], titles: Mapping[tuple[str, int], str]) -> str:
     run = found["run"]
     items = sorted({exam["items"] for exam in run["exams"].values()})
     facts = {
@@ -77,6 +83,10 @@ def _head(found: Mapping[str, Any]) -> str:
     tried = run["merges"] + len(found["failed"])
     if run["adapters"] < run["adapters_planned"] or tried < run["merges_planned"]:
         notes.append("The run is not complete: the same command goes on where it stopped.")
+        notes += [
+            f"{s['merges']} of {s['planned']} merges are in: {titles[s['study'], s['size']]}."
+            for s in run["studies"]
+        ]
     if found["failed"]:
         notes.append(f"{len(found['failed'])} merges failed; they are listed below.")
     listed = "".join(f"<li>{text(note)}</li>" for note in notes)
@@ -84,104 +94,6 @@ def _head(found: Mapping[str, Any]) -> str:
         f"<header><h1>MERGE-PEFT, tier {text(run['tier'])}</h1>{say(run['about'])}"
         f'<dl class="facts">{told}</dl>{f"<ul class=notes>{listed}</ul>" if notes else ""}</header>'
     )
-
-
-def _operators(found: Mapping[str, Any], titles: Mapping[tuple[str, int], str]) -> str:
-    parts = [say(
-        "What merged members keep of what they learned, on their own test items. The bar shows "
-        "the mean ll_norm with its interval, and hollow the worst member of a merge; the dashed "
-        "line is a single adapter."
-    )]  # fmt: skip
-    for block in found["studies"]:
-        if block["study"] == "capacity":
-            continue
-        title = titles[block["study"], block["size"]]
-        everything = operator_records(block["operators"], block["reference"])
-        heading = f"<h3>{text(title[:1].upper() + title[1:])}</h3>"
-        if block["common"] is None:
-            parts += [heading, say(f"Sets: {block['sets']}, rows: {block['rows']}."), everything]
-            continue
-        parts += [
-            heading, say(f"The {block['common_sets']} sets that all operators were measured on."),
-            operator_records(block["common"], block["reference"]),
-            f"<details><summary>All {block['sets']} sets: operators were measured on different "
-            f"ones, so that means do not compare</summary>{everything}</details>",
-        ]  # fmt: skip
-    if not found["studies"]:
-        parts.append(say("Nothing is measured yet."))
-    return section("Operators", *parts)
-
-
-def operator_records(records: Sequence[Mapping[str, Any]], reference: str | None) -> str:
-    """The table of one study."""
-    edges = [v for r in records for v in (r["ll_norm"], r["ll_norm_worst"],
-             *(r["ll_norm_interval"] or ())) if v is not None]  # fmt: skip
-    low, high = max(min([*edges, 0.6]), -1.0), max([*edges, 1.05])
-    columns: list[Column] = [
-        ("operator", lambda r: text(r["operator"])),
-        ("", lambda r: bar(r["ll_norm"], r["ll_norm_interval"], r["ll_norm_worst"], low, high)),
-        ("ll_norm", lambda r: number(r["ll_norm"])),
-        ("95 %", lambda r: f'<span class="soft">{between(r["ll_norm_interval"], 2)}</span>'),
-        ("worst of set", lambda r: number(r["ll_norm_worst"])),
-        ("lowest", lambda r: number(r["ll_norm_min"], 2)),
-        ("below .8", lambda r: number(r["ll_norm_below"], 2)),
-        ("accuracy kept", lambda r: number(r["retention"])),
-        ("95 %", lambda r: f'<span class="soft">{between(r["retention_interval"], 2)}</span>'),
-        ("worst of set", lambda r: number(r["retention_worst"])),
-        ("resident", lambda r: str(r["resident"])),
-        ("size", lambda r: number(r["parameters_ratio"], 1)),
-        ("merge, s", lambda r: number(r["merge_seconds"], 2)),
-        ("merges", lambda r: str(r["merges"])),
-    ]  # fmt: skip
-    if reference is not None and len(records) > 1:
-        columns.insert(7, (f"against {reference}", _against))
-    if any(r["seconds_per_prompt"] is not None for r in records):
-        columns = [c for c in columns if c[0] not in ("lowest", "below .8")]
-        columns += [
-            ("routed right", lambda r: number(r["routed_right"])),
-            ("ms a prompt", lambda r: number(_thousandfold(r["seconds_per_prompt"]), 2)),
-        ]  # fmt: skip
-    return table(records, columns)
-
-
-def _against(record: Mapping[str, Any]) -> str:
-    if record["versus"] is None:
-        return number(None)
-    told = text(f"{between(record['versus_interval'])}, {record['versus_rows']} rows")
-    return f'<span title="{told}">{record["versus"]:+.3f}</span>'
-
-
-def _thousandfold(value: float | None) -> float | None:
-    return None if value is None else 1000 * value
-
-
-def _capacity(found: Mapping[str, Any]) -> str:
-    records = found["capacity"]
-    if not records:
-        return ""
-    parts = [say(
-        "Adapters merged into one, on a logarithmic axis, and the mean of what each keeps with "
-        "its interval; dotted: the worst of the set. The dashed line is a single adapter. "
-        "Operators measured at one number of adapters alone are in the table."
-    )]  # fmt: skip
-    for title, what, worst in (("ll_norm", "ll_norm", "ll_norm_worst"),
-                               ("Accuracy kept", "retention", "retention_worst")):  # fmt: skip
-        panels, names = capacity_panels(records, what, worst)
-        parts += [f"<h3>{title}</h3>", legend(names), panels]
-    columns: list[Column] = [
-        ("operator", lambda r: text(r["operator"])), ("adapters", lambda r: str(r["size"])),
-        ("sets", lambda r: str(r["merges"])), ("ll_norm", lambda r: number(r["ll_norm"])),
-        ("95 %", lambda r: between(r["ll_norm_interval"], 2)),
-        ("worst of set", lambda r: number(r["ll_norm_worst"])),
-        ("accuracy kept", lambda r: number(r["retention"])),
-        ("worst of set", lambda r: number(r["retention_worst"])),
-        ("rank", lambda r: number(r["merged_rank"], 0)),
-        ("size", lambda r: number(r["parameters_ratio"], 1)),
-        ("merge, s", lambda r: number(r["merge_seconds"], 2)),
-    ]  # fmt: skip
-    told = table(records, columns)
-    parts.append(f"<details><summary>The numbers</summary>{told}</details>")
-    return section("Capacity", *parts)
 
 
 def _hurts(found: Mapping[str, Any]) -> str:
@@ -204,7 +116,8 @@ def _hurts(found: Mapping[str, Any]) -> str:
     return section(
         "Who hurts whom",
         say("Mean ll_norm of pairs: what a member of the row's domain keeps when it is merged "
-             "with one of the column's."),
+             "with one of the column's. Each operator on the pairs that it merged, which differ; "
+             "rows without ll_norm are not in it, nor below."),
         f'<div class="panels">{figures}</div>', "<h3>The rows that keep least</h3>",
         table(found["worst"], columns),
     )  # fmt: skip

@@ -7,8 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .charts import _scale as scale
-from .charts import _ticks as ticks
+from .charts import scale, ticks
 
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a", "#bf3989")
 _INK, _PALE, _PAPER = "#24292f", "#d0d7de", "#ffffff"
@@ -52,7 +51,7 @@ def dots(
     """
     shown = [v for marks in rows.values() for m in marks if m
              for v in (m.value, m.worst, *(m.interval or ())) if v is not None]  # fmt: skip
-    low, high = min(*shown, at), max(*shown, at)
+    low, high = min([*shown, at]), max([*shown, at])
     room = 0.04 * ((high - low) or 1.0)
     x = scale(low - room, high + room, _LABEL, _LABEL + _PLOT)
     row = _ROW + 8 * (len(series) - 1)

@@ -146,6 +146,10 @@ class Tier:
             exam = self.exams[adapter.exam]
             if (exam.domain, exam.tasks) != (adapter.recipe.domain, adapter.recipe.tasks):
                 raise InputError(f"is trained for another exam than {exam.name}", key=adapter.name)
+        for operator in self.operators.values():
+            if operator.calibration > self.calibration_items:
+                reason = f"wants {operator.calibration} texts of {self.calibration_items} an exam"
+                raise InputError(reason, key=operator.name)
         for merge in self.merges.values():
             if merge.operator not in self.operators:
                 raise InputError(f"there is no operator {merge.operator!r}", key=merge.key)

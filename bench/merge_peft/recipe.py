@@ -16,7 +16,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one adapter is trained. ``seed`` is the order of its data, ``init_seed`` its A0.
+    """How one adapter is trained. ``seed`` draws its items and their order,
+    ``init_seed`` its A0.
 
     ``tasks`` are those of ``domain`` it is trained on, all of them by default. ``layers`` are the
     first and the last that are adapted. Variants:

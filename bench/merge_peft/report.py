@@ -8,10 +8,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergeprobe_fast.io.atomic_file import AtomicFile
 
@@ -19,12 +19,12 @@ from . import page
 from .charts import between, number, text
 from .kept import single_gains
 from .labels import read_labels
-from .operator_table import tables
 from .plan import Tier
 from .scores import RunScores, read_scores
+from .tables import study_order, tables
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 _TITLES = {
     "pairs": "pairs of different domains", "same": "pairs of one domain", "sets": "sets of {}",
@@ -54,11 +54,14 @@ def summary(run: RunScores, rows: Sequence[Mapping[str, Any]], tier: Tier) -> di
     """All that the report shows, as plain values.
 
     Returns:
-        run: what was run and how far it came; everything of ``operator_table.tables``; gains:
+        run: what was run and how far it came; everything of ``tables.tables``; gains:
         ``labels.single_gains``; failed: operator, members and reason of merges that failed.
     """
     merged = Counter(line["operator"] for line in run.merged.values())
     seconds = [line.get("seconds") or 0 for line in run.trained.values()]
+    places = {key: (m.study, len(m.members)) for key, m in tier.merges.items()}
+    done, refused = (Counter(places[key] for key in lines if key in places)
+                     for lines in (run.merged, run.failed))  # fmt: skip
     facts = {
         **{k: run.facts[k] for k in ("tier", "seed", "base", "base_fingerprint", "device",
                                      "versions", "digest")},
@@ -66,6 +69,10 @@ def summary(run: RunScores, rows: Sequence[Mapping[str, Any]], tier: Tier) -> di
         "exams": {name: {"domain": exam.domain, "twist": exam.twist, "items": len(exam.keys)}
                   for name, exam in run.exams.items()},
         "merges": len(run.merged), "merges_planned": len(tier.merges), "merges_by": merged,
+        "studies": [{"study": study, "size": size, "merges": done[study, size],
+                     "failed": refused[study, size], "planned": planned}
+                    for (study, size), planned in sorted(
+                        Counter(places.values()).items(), key=lambda item: study_order(item[0]))],
         "rows": len(rows), "training_seconds": sum(seconds),
     }  # fmt: skip
     failed = [{name: line[name] for name in ("key", "operator", "members", "reason")}
@@ -83,8 +90,8 @@ def render(found: Mapping[str, Any]) -> str:
     parts = {
         "policy": f"default-src 'none'; style-src {sources}; base-uri 'none'; form-action 'none'",
         "title": text(f"MERGE-PEFT {run['tier']}, {run['base']}"),
-        "body": page.body(found, {k: study_title(k[0], k[1]) for k in
-                                  ((s["study"], s["size"]) for s in found["studies"])}),
+        "body": page.body(found, {k: study_title(*k) for k in (
+            (s["study"], s["size"]) for s in (*found["studies"], *run["studies"]))}),
     }  # fmt: skip
     filled = re.sub(r"\{\{(policy|title|body)\}\}", lambda match: parts[match[1]], template)
     return filled.encode("ascii", "xmlcharrefreplace").decode("ascii")
@@ -95,30 +102,69 @@ def study_title(study: str, size: int) -> str:
     return _TITLES.get(study, study + ", sets of {}").format(size)
 
 
-def terminal_table(found: Mapping[str, Any]) -> Table:
+def terminal_table(found: Mapping[str, Any], width: int = 80) -> Group:
     """Operators by study, for ``rich``; of the capacity study the largest sets.
 
+    Where operators were measured on different sets, those sets that several have in common are
+    shown, or else all, in order of the difference to one operator on the rows both have.
+
     Args:
-        found: of ``operator_table.tables``, or ``summary``.
+        found: of ``tables.tables``, or ``summary``.
+        width: columns of the terminal; where it is narrow fewer columns are shown.
     """
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=None, pad_edge=False, header_style="dim")
-    shown.add_column("operator")
-    for name in ("ll_norm", "95 %", "worst of set", "accuracy kept", "resident", "merges"):
-        shown.add_column(name, justify="right")
     largest = max((s["size"] for s in found["studies"] if s["study"] == "capacity"), default=0)
-    for block in found["studies"]:
-        if block["study"] == "capacity" and block["size"] < largest:
-            continue
+    blocks = [s for s in found["studies"] if s["study"] != "capacity" or s["size"] == largest]
+    names = [len(r["operator"]) for s in blocks for r in s["operators"]]
+    left = width - max(names, default=0)
+    columns = []
+    for column in sorted(_TERMINAL, key=lambda c: c.importance):
+        left -= column.width + 2
+        columns += [column] if left >= 0 else []
+    columns = [column for column in _TERMINAL if column in columns]
+    parts: list[Text | Table] = []
+    for block in blocks:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("operator", no_wrap=True, min_width=max(names))
+        for column in columns:
+            title = column.name.format(reference=block["reference"] or "")
+            table.add_column(title, justify="right", no_wrap=True, min_width=column.width)
+        for record in block["common"] or block["operators"]:
+            table.add_row(Text(record["operator"]), *(Text(c.shown(record)) for c in columns))
         title = study_title(block["study"], block["size"])
-        shown.add_row(Text(title, style="bold"))
-        for record in block["operators"]:
-            shown.add_row(
-                Text(record["operator"]), number(record["ll_norm"]),
-                Text(between(record["ll_norm_interval"], 2), style="dim"),
-                number(record["ll_norm_worst"]), number(record["retention"]),
-                str(record["resident"]), str(record["merges"]),
-            )  # fmt: skip
-    return shown
+        parts += [Text(f"{title}: {_which_sets(block)}", style="bold"), table]
+        if block["dropped"]:
+            parts.append(Text(f"not in it: {', '.join(block['dropped'])}", style="dim"))
+    return Group(*(parts or ["Nothing is measured yet."]))
+
+
+def _which_sets(block: Mapping[str, Any]) -> str:
+    if block["common"]:
+        return f"{block['common_sets']} sets that {len(block['common'])} operators have in common"
+    count = f"{block['sets']} {'set' if block['sets'] == 1 else 'sets'}"
+    return count if block["comparable"] else f"{count} (different sets)"
+
+
+class _TerminalColumn(NamedTuple):
+    name: str
+    width: int
+    importance: int
+    shown: Callable[[Mapping[str, Any]], str]
+
+
+def _versus(record: Mapping[str, Any]) -> str:
+    return "" if record["versus"] is None else f"{record['versus']:+.3f}"
+
+
+_TERMINAL = (
+    _TerminalColumn("ll_norm", 7, 0, lambda r: number(r["ll_norm"])),
+    _TerminalColumn("95 %", 14, 2, lambda r: between(r["ll_norm_interval"], 2)),
+    _TerminalColumn("worst", 6, 4, lambda r: number(r["ll_norm_worst"])),
+    _TerminalColumn("vs {reference}", 7, 1, _versus),
+    _TerminalColumn("accuracy", 8, 5, lambda r: number(r["retention"])),
+    _TerminalColumn("merges", 6, 3, lambda r: str(r["merges"])),
+    _TerminalColumn("resident", 8, 6, lambda r: str(r["resident"])),
+)

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.errors import InputError, MergeprobeError
 
 from . import tiers
-from .labels import COLUMNS, IDENTITY, Difference, compare_rows, label_rows
+from .labels import COLUMNS, IDENTITY, Allowed, Difference, apart, compare_rows, label_rows
 from .labels import ROUTING as ROUTED
 from .plan import Tier
 from .run import check_exams, run
@@ -31,13 +31,57 @@ from .units import plan_run
 
 Rows = list[dict[str, Any]]
 SAME, DIFFERENT, REFUSED = 0, 1, 2
+
+
+def _of_ratio(column: str, measure: str, *, above_base: bool = True) -> Allowed:
+    """How far (m - b) / (s - b) moves when these do: (dm - db - ratio (ds - db)) / (s' - b')."""
+
+    def most(row: Mapping[str, Any], again: Mapping[str, Any]) -> float:
+        moved = {which: apart(row[f"{measure}_{which}"], again[f"{measure}_{which}"])
+                 for which in ("merged", "single", "base")}  # fmt: skip
+        if None in moved.values():  # itself a difference
+            return 0.0
+        under, base = again[f"{measure}_single"], 0.0
+        if above_base:
+            under, base = under - again[f"{measure}_base"], moved["base"]
+        top = moved["merged"] + base + abs(row[column]) * (moved["single"] + base)
+        return top / abs(under) + _EXACT
+
+    return most
+
+
+def _error(column: str) -> Allowed:
+    """A twentieth of a standard error; of nearly none, what its likelihoods may move by."""
+    return lambda row, again: max(0.05 * abs(row[column]), 3e-4)
+
+
+def _error_of_utility(column: str) -> Allowed:
+    """A twentieth where as many answers are right, and a half where they are not."""
+
+    def most(row: Mapping[str, Any], again: Mapping[str, Any]) -> float:
+        share = 0.05 if all(row[name] == again[name] for name in _UTILITIES) else 0.5
+        return share * max(row[column], again[column]) + _EXACT
+
+    return most
+
+
+_EXACT = 1e-9  # of what is computed in float64 from the same numbers
+_UTILITIES = ("utility_base", "utility_single", "utility_merged")
 # Ten times what came out when ten pairs of five adapters of 32 to 96 steps were trained, summed and
 # measured on AVX-512 with oneDNN and again on AVX2 without: loglik_base moved by 2e-6,
 # loglik_single by 2e-5, loglik_merged by 3e-4, ll_norm by 2e-4, and no item changed sides. Of the
 # 48 items of the smallest tier two may.
-TOLERANCE = {
-    "loglik_base": 1e-4, "loglik_single": 1e-3, "loglik_merged": 3e-3, "ll_norm": 3e-3,
-    "prob_ret": 3e-3, "utility_base": 0.045, "utility_single": 0.045, "utility_merged": 0.045,
+TOLERANCE: dict[str, float | Allowed] = {
+    "loglik_base": 1e-4, "loglik_single": 1e-3, "loglik_merged": 3e-3, "prob_ret": 3e-3,
+    **dict.fromkeys(_UTILITIES, 0.045),
+    "retention": _of_ratio("retention", "utility", above_base=False),
+    "accuracy_norm": _of_ratio("accuracy_norm", "utility"),
+    "ll_norm": _of_ratio("ll_norm", "loglik"),
+    # Its three likelihoods are in no column; they move as loglik does, for a gain of 0.1 or more.
+    "option_norm": lambda row, again: 0.03 * max(1.0, abs(row["option_norm"])),
+    **{name: _error(name) for name in ("ll_norm_se", "option_norm_se", "prob_ret_se")},
+    **{name: _error_of_utility(name) for name in ("retention_se", "accuracy_norm_se")},
+    "weights": 1e-3, "parameters_ratio": _EXACT,
 }  # fmt: skip
 
 
@@ -143,23 +187,25 @@ def table(sample: Rows, again: Rows, wrong: Sequence[Difference]) -> list[str]:
     lines = []
     for row in sample:
         lines.append(row["row"])
+        told = set()
+        again_row = found.get(row["row"], {})
         for column, most in TOLERANCE.items():
-            one, two = row[column], found.get(row["row"], {}).get(column)
-            apart = "" if one is None or two is None else f"{abs(one - two):12.2e}"
+            one, two = row[column], again_row.get(column)
+            gap = apart(one, two)
+            if gap is None or isinstance(one, list):
+                continue
+            limit = most(row, again_row) if callable(most) else most
             mark = any((d.row, d.column) == (row["row"], column) for d in wrong)
             lines.append(
-                f"  {column:18}{_number(one)}{_number(two)}{apart:>12}  of {most:g}"
+                f"  {column:18}{one:14.6f}{two:14.6f}{gap:12.2e}  of {limit:.2g}"
                 f"{'  DIFFERENT' if mark else ''}"
             )
+            told.add(column)
         lines += [
             f"  {d.column}: recorded {d.recorded!r}, recomputed {d.recomputed!r}  DIFFERENT"
-            for d in wrong if d.row == row["row"] and d.column not in TOLERANCE
+            for d in wrong if d.row == row["row"] and d.column not in told
         ]  # fmt: skip
     return lines
-
-
-def _number(value: float | None) -> str:
-    return f"{'none' if value is None else format(value, '.6f'):>14}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = compare_rows(sample.rows, again, TOLERANCE)
             print("\n".join(table(sample.rows, again, found)))
             wrong += len(found)
-    except InputError as error:
+    except MergeprobeError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     compared = len(IDENTITY) + len(TOLERANCE)

@@ -3,8 +3,8 @@
     python -m mergeprobe_fast.merge_peft.results RUN [RUN ...] --out bench/results/merge_peft
 
 Runs must have their summary.json and labels.parquet; with features.parquet beside them, what can be
-foretold is worked out too, which takes minutes and is kept in OUT/analysis-TIER.json until labels
-or features change.
+foretold is worked out too, which takes minutes and is kept in OUT/analysis-TIER.json until labels,
+features or the code of the analysis change.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ behind it is in the runs' `labels.parquet` and `features.parquet`.
 - **ll_norm**: (merged - base) / (single - base) of the mean log-likelihood of the right answer's
   tokens. 1: all that the adapter had learned is still there; 0: nothing; below: worse than the
   base. Means clip it to -1 to 1.2. A victim whose gain is within two standard errors of 0 has none.
-- **accuracy kept**: utility merged / utility single. The same question, with more noise.
+- **accuracy kept**: utility merged / utility single. Noisier, and not corrected for what the base
+  can do: a merge that lost everything keeps base / single. Means clip it to -1 to 2.
 - **[ ]**: 95 % intervals over adapters, which rows share: adapters are drawn anew, and a row weighs
   the product of how often its two were drawn.
 """
@@ -97,12 +98,18 @@ def _analysis(run: Path, kept: Path, summary: Mapping[str, Any]) -> dict[str, An
             for o in s["operators"] if o["operator"] == PREDICTED]  # fmt: skip
     if sum(rows) < FEWEST:
         return None
+    files += sources()
     digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files))
     known = _json(kept) if kept.is_file() else {}
     if known.get("of") != digest.hexdigest():
         known = {"of": digest.hexdigest(), **analyse(run, operator=PREDICTED)}
         _write(kept, json.dumps(known, indent=1, allow_nan=False) + "\n")
     return known
+
+
+def sources() -> list[Path]:
+    """What else than the data the analysis follows from."""
+    return sorted(Path(__file__).parent.glob("analysis*.py"))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .charts import number
 from .operator_table import KEEPS
+from .page_operators import NOT_CORRECTED, of_sets, rows_of
 from .pictures import Mark, dots, lines
 from .report import study_title
 
@@ -16,13 +17,19 @@ _WORST, _FAILED = 10, 20
 def pictures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Name and SVG of each; of a summary.json."""
     for block in found["studies"]:
-        if block["study"] == "pairs":
+        if block["study"] != "pairs":
+            continue
+        if block["comparable"] and not block["dropped"]:
             rows = block["common"] or block["operators"]
             drawn = {r["operator"]: [Mark(r["ll_norm"], r["ll_norm_interval"], r["ll_norm_worst"])]
                      for r in rows if r["ll_norm"] is not None}  # fmt: skip
-            title = "ll_norm of pairs, 95 % over adapters; hollow: the worse of each pair"
-            if drawn:
-                yield "operators", dots(title, ["ll_norm"], drawn, at=1.0)
+            title, at = "ll_norm of pairs, 95 % over adapters; hollow: the worse of each pair", 1.0
+        else:  # of different sets: only differences on the same rows say anything
+            drawn = {r["operator"]: [Mark(r["versus"], r["versus_interval"])]
+                     for r in block["operators"] if r["versus_interval"]}  # fmt: skip
+            title, at = f"ll_norm over {block['reference']}, on the rows both have", 0.0
+        if drawn:
+            yield "operators", dots(title, ["ll_norm"], drawn, at=at)
     panels: dict[str, dict[str, list[tuple[int, float, float | None]]]] = {}
     for r in found["capacity"]:
         if r["ll_norm"] is not None:
@@ -32,14 +39,15 @@ def pictures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     panels = {name: ways for name, ways in panels.items()
               if max(len(way) for way in ways.values()) > 1}  # fmt: skip
     if panels:
-        yield "capacity", lines("ll_norm by adapters in one; dotted: the worst member", panels)
+        title = "ll_norm by adapters in one, other tasks at every size; dotted: the worst member"
+        yield "capacity", lines(title, panels)
 
 
 def section(
     found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]
 ) -> str:
     """Markdown of a summary.json and of its labels; ``names`` are the files of pictures."""
-    parts = []
+    parts = [NOT_CORRECTED]
     for block in found["studies"]:
         if block["study"] == "capacity":
             continue
@@ -47,11 +55,7 @@ def section(
         parts.append(f"### {title[0].upper()}{title[1:]}")
         if block["study"] == "pairs" and "operators" in names:
             parts.append(f"![Operators]({names['operators']})")
-        if block["common"]:
-            parts += [f"Of the {block['common_sets']} sets that every operator merged:",
-                      _table(block["common"], block["reference"]),
-                      f"Of all {block['sets']} sets, which differ from row to row:"]  # fmt: skip
-        parts.append(_table(block["operators"], block["reference"]))
+        parts += _compared(block)
         if block["study"] == "broken":
             parts.append(_by_set([r for r in rows if r["study"] == "broken"]))
     if found["capacity"]:
@@ -59,13 +63,45 @@ def section(
         if "capacity" in names:
             parts.append(f"![Capacity]({names['capacity']})")
         parts += ["ll_norm: mean / worst member (accuracy kept), by adapters merged; without a "
-                  "rank an operator has its own.", _capacity(found["capacity"])]  # fmt: skip
+                  "rank an operator has its own. Every size has other tasks; [ ] is the mean of "
+                  "the members of the smallest sets alone, the same ones at every size.",
+                  _capacity(found["capacity"])]  # fmt: skip
+        apart = sorted({r["size"] for r in found["capacity"] if not r["comparable"]})
+        if apart:
+            parts.append(f"{' and '.join(map(str, apart))} adapters: operators were measured on "
+                         "different sets, means do not compare.")  # fmt: skip
     if found["hurts"]:
         parts += ["### Who hurts whom", *_hurts(found)]
     parts += ["### What adapters gain alone", _gains(found["gains"])]
     if found["failed"]:
         parts += ["### Merges that failed", *_failed(found["failed"])]
     return "\n\n".join(parts)
+
+
+def _compared(block: Mapping[str, Any]) -> Iterator[str]:
+    """The operators of one study, where they differ in their sets on those of the same ones."""
+    reference, common = block["reference"], block["common"]
+    highest = [
+        f"Highest mean of {best['count']} {best['of'].removeprefix('all ')}: {best['operator']}"
+        + (f"; not distinguishable: {', '.join(best['close'])}" if best["close"] else "")
+        + "." for best in block["highest"]
+    ]  # fmt: skip
+    if common:
+        which = "these" if block["dropped"] else "all"
+        yield (f"The {block['common_sets']} sets that {which} {len(common)} operators were "
+               "measured on:")  # fmt: skip
+        yield _table(common, reference)
+        yield from highest
+    if common or not block["comparable"]:
+        few = [f"`{name}`" for name in block["dropped"]]
+        left = f" Measured on too few of the same ones: {', '.join(few)}." if few else ""
+        order = (f" In order of the difference to `{reference}` on the rows both have, last those "
+                 "without an interval.")  # fmt: skip
+        yield (f"Sets: {block['sets']}.{left} Operators were measured on different sets, so "
+               f"that their means do not compare.{order if reference else ''}")  # fmt: skip
+    yield _table(block["operators"], reference)
+    if not common:
+        yield from highest
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -100,23 +136,29 @@ def what_was_run(found: Mapping[str, Any], machine: str) -> str:
         f"{run['merges']} of {run['merges_planned']} merges, {run['rows']} labels, "
         f"{len(found['failed'])} merges that an operator refused",
     ]  # fmt: skip
+    if run["merges"] + len(found["failed"]) < run["merges_planned"]:
+        facts.append("not complete, merges that are in: " + "; ".join(
+            f"{study_title(s['study'], s['size'])} {s['merges']} of {s['planned']}"
+            for s in run["studies"]
+        ))  # fmt: skip
     return "\n".join(f"- {fact}" for fact in facts)
 
 
 def _table(records: Sequence[Mapping[str, Any]], reference: str | None) -> str:
     routed = any(r["routed_right"] is not None for r in records)
     header = ["operator", "ll_norm", "worst of set", "lowest", f"below {KEEPS:g}", "accuracy kept",
-              f"against {reference}", "rows", "rank", "resident", "size", "merge s"]  # fmt: skip
+              f"against {reference}", "of rows", "rows with ll_norm", "rank", "resident", "size",
+              "merge s"]  # fmt: skip
     header += ["routed right", "s a prompt"] if routed else []
     rows = []
     for r in records:
         below = r["ll_norm_below"]
         row = [
             r["operator"], ranged(r["ll_norm"], r["ll_norm_interval"], 3),
-            number(r["ll_norm_worst"]), number(r["ll_norm_min"], 2),
+            of_sets(r, "ll_norm"), number(r["ll_norm_min"], 2),
             number(None if below is None else 100 * below, 0) + (" %" if below is not None else ""),
             ranged(r["retention"], r["retention_interval"]),
-            ranged(r["versus"], r["versus_interval"], 3), r["rows"],
+            ranged(r["versus"], r["versus_interval"], 3), r["versus_rows"] or "", rows_of(r),
             r["merged_rank"] or "", r["resident"], number(r["parameters_ratio"], 1),
             number(r["merge_seconds"], 2),
         ]  # fmt: skip
@@ -129,8 +171,8 @@ def _table(records: Sequence[Mapping[str, Any]], reference: str | None) -> str:
 def _capacity(records: Sequence[Mapping[str, Any]]) -> str:
     sizes = sorted({r["size"] for r in records})
     cells = {(r["operator"], r["size"]): f"{number(r['ll_norm'], 2)} / "
-             f"{number(r['ll_norm_worst'], 2)} ({number(r['retention'], 2)})"
-             for r in records}  # fmt: skip
+             f"{number(r['ll_norm_worst'], 2)} ({number(r['retention'], 2)}) "
+             f"[{number(r['core'], 2)}]" for r in records}  # fmt: skip
     rows = [[name, *(cells.get((name, size), "") for size in sizes)]
             for name in dict.fromkeys(r["operator"] for r in records)]  # fmt: skip
     return markdown(["operator", *map(str, sizes)], rows)
@@ -153,9 +195,10 @@ def _hurts(found: Mapping[str, Any]) -> Iterator[str]:
         domains = hurt["domains"]
         rows = [[f"**{v}**", *(number(mean, 2) for mean in means)]
                 for v, means in zip(domains, hurt["mean"], strict=True)]  # fmt: skip
-        yield f"Mean ll_norm under `{hurt['operator']}`: the victim's row, the partner's column."
+        yield (f"Mean ll_norm under `{hurt['operator']}`, of {sum(map(sum, hurt['rows']))} rows: "
+               "the victim's row, the partner's column.")  # fmt: skip
         yield markdown(["", *domains], rows)
-    yield "The lowest rows:"
+    yield "The lowest rows that have an ll_norm:"
     rows = [[f"`{r['row']}`", number(r["ll_norm"], 2), number(r["ll_norm_se"], 2),
              number(r["retention"], 2)] for r in found["worst"][:_WORST]]  # fmt: skip
     yield markdown(["row", "ll_norm", "s.e.", "accuracy kept"], rows)

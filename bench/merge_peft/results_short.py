@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .analysis_predictors import ALL, METADATA, PAIR_MEAN
+from .analysis_predictors import ALL, METADATA, NAMES, PAIR_MEAN
 from .charts import number
-from .results_analysis import percent
+from .results_analysis import TITLES, percent
 from .results_operators import ranged
 
 _SATURATED = 0.95
@@ -22,29 +22,30 @@ def short(found: Mapping[str, Any], analysis: Mapping[str, Any] | None) -> str:
 
 
 def _operators(found: Mapping[str, Any]) -> Iterator[str]:
+    largest = max((r["size"] for r in found["capacity"]), default=0)
     for block in found["studies"]:
-        records = [r for r in block["common"] or block["operators"] if r["ll_norm"] is not None]
-        if block["study"] != "pairs" or not records:
+        pairs = block["study"] == "pairs"
+        if not pairs and (block["study"], block["size"]) != ("capacity", largest):
             continue
-        free = [r for r in records if not r["calibration"]]
-        for words, of in (("of all operators", records), ("without data", free)):
-            if of:
-                best = max(of, key=lambda r: r["ll_norm"])
-                yield (f"Pairs, best {words}: {best['operator']}, ll_norm "
-                       f"{ranged(best['ll_norm'], best['ll_norm_interval'], 3)}, the worse of a "
-                       f"pair {number(best['ll_norm_worst'])}, accuracy kept "
-                       f"{ranged(best['retention'], best['retention_interval'])}.")  # fmt: skip
-    sizes = sorted({r["size"] for r in found["capacity"]})
-    if sizes:
-        largest = [r for r in found["capacity"]
-                   if r["size"] == sizes[-1] and r["ll_norm"] is not None]  # fmt: skip
-        for rank in sorted({r["rank"] for r in largest}, key=lambda k: k or 10**6, reverse=True):
-            best = max((r for r in largest if r["rank"] == rank), key=lambda r: r["ll_norm"])
-            at = "of its own rank" if rank is None else f"of rank {rank}"
-            yield (f"{sizes[-1]} adapters in one {at}, best: {best['operator']}, ll_norm "
-                   f"{ranged(best['ll_norm'], best['ll_norm_interval'], 3)}, the worst member "
-                   f"{number(best['ll_norm_worst'])}, accuracy kept "
-                   f"{number(best['retention'], 2)}.")  # fmt: skip
+        what = "Pairs" if pairs else f"{largest} adapters in one"
+        if not block["comparable"]:
+            yield f"{what}: operators were measured on different sets, so that none is the best."
+        records = {r["operator"]: r for r in block["common"] or block["operators"]}
+        for best in block["highest"]:
+            of, kind = records[best["operator"]], best["of"].removeprefix("all ")
+            kind = kind if pairs else f"operators of {kind}"
+            yield (f"{what}, highest mean of {best['count']} {kind}: {best['operator']}, ll_norm "
+                   f"{ranged(of['ll_norm'], of['ll_norm_interval'], 3)}, the worst member "
+                   f"{number(of['ll_norm_worst'])}, accuracy kept "
+                   f"{ranged(of['retention'], of['retention_interval'])}"
+                   f"{_close(best['close'])}.")  # fmt: skip
+        if block["dropped"]:
+            yield (f"{what}: not among these, measured on too few of the same sets: "
+                   f"{', '.join(block['dropped'])}.")  # fmt: skip
+
+
+def _close(names: Sequence[str]) -> str:
+    return f"; not distinguishable: {', '.join(names)}" if names else ""
 
 
 def _routers(found: Mapping[str, Any]) -> Iterator[str]:
@@ -64,17 +65,19 @@ def _foretold(analysis: Mapping[str, Any]) -> Iterator[str]:
     noise = analysis["noise"][analysis["target"]]
     yield (f"{analysis['target']} of `{analysis['operator']}` is {percent(noise['reliability'])} "
            f"signal, {percent(noise['reliability_within'])} inside a directed domain pair; which "
-           f"two domains meet is {percent(analysis['domain_share'])} of it.")  # fmt: skip
+           f"two domains meet explains {percent(analysis['domain_share'])} of the variance of its "
+           "ranks.")  # fmt: skip
     for split in ("adapter", "domain"):
         by_name = {s["name"]: s for s in analysis["splits"][split] if "rho" in s}
-        if {PAIR_MEAN, METADATA, ALL} <= by_name.keys():
+        if {PAIR_MEAN, METADATA, NAMES, ALL} <= by_name.keys():
             told = "; ".join(
                 f"{words} {ranged(by_name[n]['rho'], by_name[n]['rho_interval'])} overall, "
                 f"{number(by_name[n]['within'], 2)} inside"
                 for words, n in (("the domain pair's mean", PAIR_MEAN),
-                                 ("training metadata", METADATA), ("all signals", ALL))
+                                 ("training metadata", METADATA),
+                                 ("which adapters they are", NAMES), ("all signals", ALL))
             )  # fmt: skip
-            yield f"Foretold for a held-out {split}, rank correlation: {told}."
+            yield f"Foretold, {TITLES[split].lower()} held out, rank correlation: {told}."
 
 
 def shortfalls(found: Mapping[str, Any], analysis: Mapping[str, Any] | None) -> str:
@@ -98,6 +101,11 @@ def shortfalls(found: Mapping[str, Any], analysis: Mapping[str, Any] | None) -> 
         told.append(f"{len(full)} of {len(gains)} adapters solve {percent(_SATURATED)} of their "
                     f"test items or more: {', '.join(full)}.")  # fmt: skip
     if analysis:
+        told.append("What is foretold is foretold of one operator and of pairs; its intervals draw "
+                    "adapters anew and keep the fitted models.")  # fmt: skip
+        if analysis["without_partner"]:
+            told.append(f"{analysis['without_partner']} labels are not foretold: their partner was "
+                        "not measured alone.")  # fmt: skip
         for side, s in analysis["seed_noise"].items():
             if not s["groups"]:
                 told.append(f"No {side} was trained again with other seeds.")

@@ -11,6 +11,8 @@ Its folder has
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import shutil
@@ -20,23 +22,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.atomic import is_temporary
 
-from . import calibrations, routers
+from . import calibrations, linear, routers
 from .base import Base, load_base
-from .journal import JOURNAL_NAME, Journal, open_journal, read_journal
+from .journal import JOURNAL_NAME, Journal, check_run, open_journal, read_journal
 from .leaks import check_leaks
 from .plan import Exam, Tier, single_key
 from .tasks.item import Item
 from .tasks.words import Split
+from .train import train
 from .units import STAGES, RunPlan, plan_run
-from .work import Unit, adapter_folder
+from .work import Unit, adapter_folder, osrm_items
 from .workers import Source, Workers, open_workers
 
 # Called with the stage, what was finished, and its share of ``RunPlan.seconds()``.
 Progress = Callable[[str, str, float], None]
+_FOLDERS = ("adapters", "probes", "calibration", "texts", "routing")
+_FILES = (JOURNAL_NAME, "labels.parquet", "features.parquet", "summary.json", "report.html")
 _LIBRARIES = ("mergeprobe-fast", "numpy", "torch", "transformers", "peft")
 
 
@@ -91,6 +98,7 @@ def run(
     with open_journal(out, _facts(tier, loaded, only)) as journal:
         _remove_leftovers(out)
         _write_exams(tier, journal, test)
+        _check_trained(tier, journal, loaded, out)
         plan = _plan(tier, journal, test, out, loaded)
         if announce is not None:
             announce(plan)
@@ -103,11 +111,17 @@ def run(
 
 
 def look(tier: Tier, out: str | os.PathLike[str], only: Sequence[str] | None = None) -> RunPlan:
-    """What :func:`run` would do; reads the folder if there is one, and writes nothing."""
+    """What :func:`run` would do; reads the folder if there is one, and writes nothing.
+
+    Raises:
+        InputError: a leak between the splits of an exam, a folder of another run.
+    """
     if only is not None:
         tier = tier.only(only)
-    there = (Path(out) / JOURNAL_NAME).is_file()
-    return _plan(tier, read_journal(out) if there else None, check_exams(tier), Path(out), None)
+    journal = read_journal(out) if (Path(out) / JOURNAL_NAME).is_file() else None
+    if journal is not None:
+        check_run(journal, _declared(tier, only))
+    return _plan(tier, journal, check_exams(tier), Path(out), None)
 
 
 class _Run:
@@ -186,12 +200,17 @@ def check_exams(tier: Tier) -> dict[str, list[Item]]:
             kept[split].setdefault(item.prompt, item)
 
     draws = {(a.exam, a.items, a.recipe.seed) for a in tier.adapters.values()}
+    draws |= {(name, tier.calibration_items, tier.seed) for name in routers.exams_of(tier)}
     for name, count, seed in sorted(draws):
         add(tier.exams[name], "train", tier.exams[name].items("train", count, seed))
     for name, exam in tier.exams.items():
         test[name] = exam.items("test", tier.test_items, tier.seed)
         add(exam, "test", test[name])
         add(exam, "calibration", exam.items("calibration", tier.calibration_items, tier.seed))
+    for plan in tier.adapters.values():
+        for item in osrm_items(plan):
+            if item.domain in domains:
+                domains[item.domain]["train"].setdefault(item.prompt, item)
     for splits in domains.values():
         check_leaks(*(list(splits[split].values()) for split in ("train", "test", "calibration")))
     return test
@@ -205,11 +224,17 @@ def _facts(tier: Tier, base: Base, only: Sequence[str] | None) -> dict[str, Any]
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    return {
-        "tier": tier.name, "seed": tier.seed, "digest": tier.digest, "base": base.name,
-        "base_fingerprint": base.fingerprint, "device": str(base.model.device),
-        "versions": versions, "only": None if only is None else sorted({*only}),
+    kernels = f"{torch.backends.cpu.get_cpu_capability()}, oneDNN {linear.available()}"
+    return _declared(tier, only) | {
+        "base": base.name, "base_fingerprint": base.fingerprint,
+        "device": str(base.model.device), "versions": versions, "kernels": kernels,
     }  # fmt: skip
+
+
+def _declared(tier: Tier, only: Sequence[str] | None) -> dict[str, Any]:
+    """The facts that are known before a base model is read."""
+    return {"tier": tier.name, "seed": tier.seed, "digest": tier.digest,
+            "only": None if only is None else sorted({*only})}  # fmt: skip
 
 
 def _plan(
@@ -235,20 +260,41 @@ def _write_exams(tier: Tier, journal: Journal, test: dict[str, list[Item]]) -> N
             "item_keys": [f"{item.task}/{item.key}" for item in items],
             "kinds": [item.kind for item in items],
             "refuse": [int(i.check["refuse"]) if i.kind == "refusal" else -1 for i in items],
+            "sha256": _sha256(items),
         }  # fmt: skip
-        if name not in journal.exams:
-            journal.append(line)
-        elif dict(journal.exams[name]) != line:
+        there = journal.exams.get(name)
+        # The first runs had no sha256; they go on, with one from now on.
+        if there is not None and {**line, **there} != line:
             raise InputError("its items have changed since this run began", path=journal.path,
                              key=name)  # fmt: skip
+        if there != line:
+            journal.append(line)
+
+
+def _sha256(items: Sequence[Item]) -> str:
+    """Of all that the items say."""
+    told = json.dumps([asdict(item) for item in items], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _check_trained(tier: Tier, journal: Journal, base: Base, out: Path) -> None:
+    """The adapters that are there are those of the tier; nothing is trained."""
+    drawn: dict[tuple[str, int, int], list[Item]] = {}
+    for name, plan in tier.adapters.items():
+        folder, draw = adapter_folder(out, name), (plan.exam, plan.items, plan.recipe.seed)
+        if name in journal.trained and folder.is_dir():
+            if draw not in drawn:
+                drawn[draw] = tier.exams[plan.exam].items("train", *draw[1:])
+            train(plan.recipe, base, drawn[draw], folder, out / "probes" / name)
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Hidden folders of processes that were killed; nobody else writes here now."""
-    for folder in ("adapters", "probes", "calibration", "texts", "routing"):
-        for path in (out / folder).glob(".*"):
-            if is_temporary(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Hidden files and folders of processes that were killed; nobody else writes here now."""
+    found = [path for folder in _FOLDERS for path in (out / folder).glob(".*")]
+    found += [path for name in _FILES for path in out.glob(f".{name}.*")]
+    for path in found:
+        if is_temporary(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _write_files(tier: Tier, out: Path) -> Path:

@@ -2,7 +2,7 @@
 
 Two walls. First an allow-list over the syntax tree: one function, a single returned expression,
 listed builtins and methods, no imports, no other attribute, no loop statement. Then a child
-process (``python -I -S``, empty environment, own session, no inherited files) that forks once a
+process (``python -s -S``, own environment and session, no inherited files) that forks once a
 candidate, under limits on CPU time, memory, processes and files; where the kernel lends one it
 moves into a network namespace of its own. POSIX only.
 """
@@ -136,11 +136,11 @@ def _run_worker(jobs: Sequence[dict[str, object]]) -> list[bool]:
         "jobs": list(jobs),
     })  # fmt: skip
     worker = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(_WORKER)],
+        [sys.executable, "-s", "-S", str(_WORKER)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={},
+        env={"PYTHONHASHSEED": "0"},  # sets come in one order; -I would not look at it
         cwd="/",
         close_fds=True,
         start_new_session=True,

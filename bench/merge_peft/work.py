@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merging import MergedAdapter, merge
@@ -77,7 +79,7 @@ class Worker:
             self._texts = texts
         items = exam.items("train", plan.items, recipe.seed)
         result = train(
-            recipe, self._base, [*items, *_others(plan)], adapter_folder(self._out, plan.name),
+            recipe, self._base, [*items, *osrm_items(plan)], adapter_folder(self._out, plan.name),
             self._out / "probes" / plan.name, threads=1,
         )  # fmt: skip
         (adapter,) = open_zoo([result.adapter])
@@ -97,10 +99,12 @@ class Worker:
         try:
             merged, line = self._merge(plan)
             return [line, *self._scores(unit, merged)]
-        except InputError as error:
+        except (InputError, np.linalg.LinAlgError) as error:
+            name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
             return [{
                 "kind": "failed", "key": plan.key, "operator": plan.operator,
-                "members": list(plan.members), "reason": str(error),
+                "members": list(plan.members),
+                "reason": f"{name}{error}",
             }]  # fmt: skip
 
     def _merge(self, plan: MergePlan) -> tuple[MergedAdapter, Line]:
@@ -200,7 +204,7 @@ def adapter_folder(out: Path, name: str) -> Path:
     return out / "adapters" / name
 
 
-def _others(plan: AdapterPlan) -> list[Item]:
+def osrm_items(plan: AdapterPlan) -> list[Item]:
     """What OSRM's initialisation looks at: items of the other domains, whatever the tier has."""
     if plan.recipe.variant != "osrm":
         return []

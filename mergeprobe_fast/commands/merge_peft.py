@@ -178,7 +178,7 @@ def _show_result(result: Any, shown: Any) -> None:
     if shown is None:
         print_json(summary)
         return
-    shown.print(terminal_table(summary))
+    shown.print(terminal_table(summary, shown.width))
     for path, what in (
         (result.out / "report.html", "open in a browser"),
         (result.labels, "a row for every member of every merge"),
