@@ -146,10 +146,10 @@ def what_was_run(found: Mapping[str, Any], machine: str) -> str:
 
 def _table(records: Sequence[Mapping[str, Any]], reference: str | None) -> str:
     routed = any(r["routed_right"] is not None for r in records)
-    header = ["operator", "ll_norm", "worst of set", "lowest", f"below {KEEPS:g}", "accuracy kept",
-              f"against {reference}", "of rows", "rows with ll_norm", "rank", "resident", "size",
-              "merge s"]  # fmt: skip
-    header += ["routed right", "s a prompt"] if routed else []
+    header = ["operator", "ll_norm", "worst of set", "lowest", f"below {KEEPS:g}", "accuracy kept"]
+    header += [] if reference is None else [f"against {reference}", "of rows"]
+    header += ["rows with ll_norm", "rank", "resident", "size", "merge s"]
+    header += ["routed right", "ms a prompt"] if routed else []
     rows = []
     for r in records:
         below = r["ll_norm_below"]
@@ -158,12 +158,17 @@ def _table(records: Sequence[Mapping[str, Any]], reference: str | None) -> str:
             of_sets(r, "ll_norm"), number(r["ll_norm_min"], 2),
             number(None if below is None else 100 * below, 0) + (" %" if below is not None else ""),
             ranged(r["retention"], r["retention_interval"]),
-            ranged(r["versus"], r["versus_interval"], 3), r["versus_rows"] or "", rows_of(r),
-            r["merged_rank"] or "", r["resident"], number(r["parameters_ratio"], 1),
+        ]  # fmt: skip
+        if reference is not None:
+            row += [ranged(r["versus"], r["versus_interval"], 3), r["versus_rows"] or ""]
+        row += [
+            rows_of(r), r["merged_rank"] or "", r["resident"], number(r["parameters_ratio"], 1),
             number(r["merge_seconds"], 2),
         ]  # fmt: skip
         if routed:
-            row += [number(r["routed_right"]), number(r["seconds_per_prompt"], 4)]
+            seconds = r["seconds_per_prompt"]
+            row += [number(r["routed_right"]),
+                    number(None if seconds is None else 1000 * seconds, 2)]  # fmt: skip
         rows.append(row)
     return markdown(header, rows)
 

@@ -57,7 +57,7 @@ def _routers(found: Mapping[str, Any]) -> Iterator[str]:
                       if r not in routed and r["ll_norm"] is not None]  # fmt: skip
             if merged:
                 best = max(merged, key=lambda r: r["ll_norm"])
-                told += f"; merged at best {number(best['ll_norm'])} ({best['operator']})"
+                told += f"; the highest merged {number(best['ll_norm'])} ({best['operator']})"
             yield f"{block['size']} adapters side by side, ll_norm: {told}."
 
 
