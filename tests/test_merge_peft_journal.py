@@ -160,7 +160,8 @@ def test_two_at_a_time_are_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
         "    time.sleep(600)\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        cwd=tmp_path,  # not the checkout, whose package would come before the installed one
     ) as process:
         assert process.stdout.readline() == "in\n"
         caught = error(lambda: open_once(tmp_path))
@@ -199,7 +200,9 @@ def test_a_full_disk_is_an_error_and_what_was_there_before_stays(tmp_path):
     path = tmp_path / JOURNAL_NAME
     before = path.read_bytes()
     command = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith(f"InputError {path}: cannot be written: File too large")
     assert path.read_bytes() == before + path.read_bytes()[-40:]

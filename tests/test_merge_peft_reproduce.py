@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -16,6 +17,7 @@ import pyarrow.parquet  # noqa: E402
 from tiny_tier import make_base_folder, make_tier  # noqa: E402
 
 import mergeprobe_fast as mpf  # noqa: E402
+from mergeprobe_fast import cli  # noqa: E402
 from mergeprobe_fast.merge_peft import reproduce, tiers  # noqa: E402
 from mergeprobe_fast.merge_peft.labels import (  # noqa: E402
     COLUMNS,
@@ -208,3 +210,15 @@ def test_what_is_no_bank_is_refused(tmp_path, bank, capsys):
     other = rewritten(bank[1], tmp_path / "other.parquet", members=lambda m: [*m[::-1]])
     assert main([str(other)]) == 2 and "no such merge" in capsys.readouterr().err
     assert main([str(bank[1]), "--rows", "0"]) == 2
+
+
+def test_the_command_prints_json_and_says_by_its_exit_code_what_it_found(bank, tmp_path, capsys):
+    base, path = bank
+    wrong = rewritten(path, tmp_path / "wrong.parquet", loglik_merged=lambda x: x + 0.01)
+    options = ["--rows", "1", "--base", str(base), "--jobs", "1", "--json"]
+    for given, code in ((path, 0), (wrong, 1)):
+        assert cli.main(["reproduce", str(given), *options]) == code
+        found = json.loads(capsys.readouterr().out)
+        assert bool(found["differences"]) == bool(code) and "rows" in found["told"][0]
+    assert cli.main(["reproduce", str(tmp_path / "none.parquet")]) == 2
+    assert "none.parquet" in capsys.readouterr().err

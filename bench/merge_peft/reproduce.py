@@ -1,6 +1,6 @@
 """Rows of a bank, drawn at random, computed again from nothing:
 
-    python -m mergeprobe_fast.merge_peft.reproduce bank.parquet --rows 3 --budget-seconds 240
+    mergeprobe-fast reproduce bank.parquet --rows 3 --budget-seconds 240
 
 trains their members, merges and measures them in a temporary folder, prints what came out beside
 what the bank says, and exits with 1 where they differ by more than rounding explains.
@@ -14,9 +14,8 @@ import random
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mergeprobe_fast.errors import InputError, MergeprobeError
@@ -24,6 +23,7 @@ from mergeprobe_fast.errors import InputError, MergeprobeError
 from . import tiers
 from .labels import COLUMNS, IDENTITY, Allowed, Difference, apart, compare_rows, label_rows
 from .labels import ROUTING as ROUTED
+from .options import add_reproduce
 from .plan import Tier
 from .run import check_exams, run
 from .scores import read_scores
@@ -208,42 +208,43 @@ def table(sample: Rows, again: Rows, wrong: Sequence[Difference]) -> list[str]:
     return lines
 
 
+def compare(options: argparse.Namespace, tell: Callable[[str], None] = print) -> list[Difference]:
+    """Draw, make anew and compare, as the options say; returns what differs.
+
+    Raises:
+        MergeprobeError: a bank that cannot be read or drawn from, a run that fails.
+    """
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    if options.rows < 1:
+        raise InputError(f"expected an integer from 1, got {options.rows}", key="rows")
+    samples = draw(read_bank(options.bank), options.rows, seed, options.budget_seconds)
+    wrong: list[Difference] = []
+    drawn = sum(len(sample.drawn) for sample in samples)
+    tell(f"drawn with --seed {seed}: {drawn} of {options.rows} rows fit in "
+         f"{options.budget_seconds:g} core seconds")  # fmt: skip
+    for sample in samples:
+        tell(f"{sample.tier.name}: {len(sample.rows)} rows of {len(sample.tier.merges)} merges, "
+             f"about {sample.seconds:.0f} core seconds")  # fmt: skip
+        with tempfile.TemporaryDirectory() as out:
+            again = recompute(sample, out, base=options.base, jobs=options.jobs)
+        found = compare_rows(sample.rows, again, TOLERANCE)
+        tell("\n".join(table(sample.rows, again, found)))
+        wrong += found
+    compared = len(IDENTITY) + len(TOLERANCE)
+    total = sum(len(sample.rows) for sample in samples)
+    tell(f"{total} rows, {compared} columns each: {len(wrong) or 'no'} differences")
+    return wrong
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser("reproduce", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("bank", type=Path, help="a labels.parquet")
-    parser.add_argument("--rows", type=int, default=3, help="how many to draw (default 3)")
-    parser.add_argument("--seed", type=int, help="of the draw (default: a fresh one, printed)")
-    parser.add_argument(
-        "--budget-seconds", type=float, default=240,
-        help="of one core with AVX-512, estimated; others take a few times as long (default 240)",
-    )  # fmt: skip
-    parser.add_argument("--base", type=Path, help="folder of the base model (default: the wheel)")
-    parser.add_argument("--jobs", type=int, help="processes (default: the cores available)")
-    options = parser.parse_args(arguments)
-    seed = secrets.randbits(32) if options.seed is None else options.seed
+    add_reproduce(parser)
     try:
-        if options.rows < 1:
-            raise InputError(f"expected an integer from 1, got {options.rows}", key="rows")
-        samples = draw(read_bank(options.bank), options.rows, seed, options.budget_seconds)
-        wrong, drawn = 0, sum(len(sample.drawn) for sample in samples)
-        print(f"drawn with --seed {seed}: {drawn} of {options.rows} rows fit in "
-              f"{options.budget_seconds:g} core seconds")  # fmt: skip
-        for sample in samples:
-            print(f"{sample.tier.name}: {len(sample.rows)} rows of {len(sample.tier.merges)} "
-                  f"merges, about {sample.seconds:.0f} core seconds", flush=True)  # fmt: skip
-            with tempfile.TemporaryDirectory() as out:
-                again = recompute(sample, out, base=options.base, jobs=options.jobs)
-            found = compare_rows(sample.rows, again, TOLERANCE)
-            print("\n".join(table(sample.rows, again, found)))
-            wrong += len(found)
+        return DIFFERENT if compare(parser.parse_args(arguments)) else SAME
     except MergeprobeError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    compared = len(IDENTITY) + len(TOLERANCE)
-    total = sum(len(sample.rows) for sample in samples)
-    print(f"{total} rows, {compared} columns each: {wrong or 'no'} differences")
-    return DIFFERENT if wrong else SAME
 
 
 if __name__ == "__main__":

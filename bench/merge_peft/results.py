@@ -1,6 +1,6 @@
 """The results page: README.md and pictures, every number read from the folders of finished runs.
 
-    python -m mergeprobe_fast.merge_peft.results RUN [RUN ...] --out bench/results/merge_peft
+    mergeprobe-fast results RUN [RUN ...] --out bench/results/merge_peft
 
 Runs must have their summary.json and labels.parquet; with features.parquet beside them, what can be
 foretold is worked out too, which takes minutes and is kept in OUT/analysis-TIER.json until labels,
@@ -23,6 +23,7 @@ from mergeprobe_fast.io.atomic_file import AtomicFile
 from . import results_analysis, results_operators
 from .analysis import FEWEST, analyse
 from .labels import read_labels
+from .options import add_results
 from .results_short import short, shortfalls
 
 PREDICTED = "sum"  # the operator with the most labels
@@ -30,7 +31,7 @@ _INTRODUCTION = """\
 # MERGE-PEFT: results
 
 Adapters of one base model were trained, merged and measured on held-out items of their own domains.
-Everything below is read from the runs by `python -m mergeprobe_fast.merge_peft.results`; the data
+Everything below is read from the runs by `mergeprobe-fast results`; the data
 behind it is in the runs' `labels.parquet` and `features.parquet`.
 
 - **ll_norm**: (merged - base) / (single - base) of the mean log-likelihood of the right answer's
@@ -128,11 +129,9 @@ def _write(path: Path, words: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m mergeprobe_fast.merge_peft.results", description=__doc__.splitlines()[0]
+        prog="results", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the page")
-    parser.add_argument("--machine", default="", help="what the runs took place on, in words")
+    add_results(parser)
     options = parser.parse_args(arguments)
     try:
         print(write_results(options.runs, options.out, machine=options.machine))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeprobe_fast.commands._common import (
+    NO,
     OK,
     AddCommand,
     complain,
@@ -18,6 +19,7 @@ from mergeprobe_fast.commands._common import (
     progress_of,
 )
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.merge_peft.options import add_reproduce, add_results
 
 _INTERRUPTED = 130
 _LINES = 50  # how many of a whole run, where there is no terminal
@@ -29,6 +31,35 @@ _STAGES = {
 
 
 def add(command: AddCommand) -> None:
+    _add_run(command)
+    add_reproduce(command("reproduce", reproduce, "Make random rows of a MERGE-PEFT bank again."))
+    add_results(command("results", results, "Write the results page of MERGE-PEFT runs."))
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    _check_libraries()
+    from mergeprobe_fast.merge_peft.reproduce import compare
+
+    if not options.json:
+        return NO if compare(options) else OK
+    told: list[str] = []
+    found = compare(options, told.append)
+    print_json({"told": told, "differences": [difference._asdict() for difference in found]})
+    return NO if found else OK
+
+
+def results(options: argparse.Namespace) -> int:
+    from mergeprobe_fast.merge_peft.results import write_results
+
+    page = write_results(options.runs, options.out, machine=options.machine)
+    if options.json:
+        print_json({"page": str(page)})
+    else:
+        print(page)
+    return OK
+
+
+def _add_run(command: AddCommand) -> None:
     sub = command("merge-peft", run, "Train, merge and measure adapters of five domains.")
     sub.add_argument(
         "--tier", required=True, metavar="T", help="ci, tiny, bank, capacity, small or full"
