@@ -28,8 +28,11 @@ def _operators(found: Mapping[str, Any]) -> Iterator[str]:
         if not pairs and (block["study"], block["size"]) != ("capacity", largest):
             continue
         what = "Pairs" if pairs else f"{largest} adapters in one"
-        if not block["comparable"]:
+        few = len(block["dropped"]) * 2 > len(block["operators"])
+        if few or not block["comparable"]:
             yield f"{what}: operators were measured on different sets, so that none is the best."
+        if few:  # the highest of what is left would say little
+            continue
         records = {r["operator"]: r for r in block["common"] or block["operators"]}
         for best in block["highest"]:
             of, kind = records[best["operator"]], best["of"].removeprefix("all ")

@@ -47,7 +47,7 @@ def _used(merges: Iterable[MergePlan]) -> dict[str, MergePlan]:
 def _ci(seed: int) -> Tier:
     adapters = _adapters([("cheap", Recipe("", steps=50))], items=128)
     return Tier(
-        "ci", "3 minutes on two cores (estimated)", seed,
+        "ci", "2.5 minutes on two cores", seed,
         exams={domain: bank.EXAMS[domain] for domain in DOMAINS},
         adapters=adapters,
         operators={name: OPERATORS[name] for name in _SMALL_OPERATORS},
