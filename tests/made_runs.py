@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mergeprobe_fast.merge_peft.plan import AdapterPlan, Exam, MergePlan, Operator, Tier
-from mergeprobe_fast.merge_peft.recipe import Recipe
+from mergeprobe_fast.merge_peft.tiers.plan import AdapterPlan, Exam, MergePlan, Operator, Tier
+from mergeprobe_fast.merge_peft.tiers.recipe import Recipe
 
 DOMAINS = ("math", "code", "science", "instruct", "safety")
 OPERATORS = {  # name: (method, rank, calibration, what a partner costs, what the size costs)

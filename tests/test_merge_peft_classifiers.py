@@ -8,8 +8,8 @@ from threadpoolctl import threadpool_limits
 from tolerances import bound
 
 import mergeprobe_fast as mpf
-from mergeprobe_fast.merge_peft import classifiers
-from mergeprobe_fast.merge_peft.classifiers import (
+from mergeprobe_fast.merge_peft.stages import classifiers
+from mergeprobe_fast.merge_peft.stages.classifiers import (
     FOLDS,
     PENALTIES,
     SMOOTHINGS,

@@ -16,10 +16,11 @@ pytest.importorskip("transformers")
 from tiny_tier import make_base_folder, make_tier  # noqa: E402
 
 from mergeprobe_fast.commands import merge_peft as command  # noqa: E402
-from mergeprobe_fast.merge_peft import base as base_module  # noqa: E402
-from mergeprobe_fast.merge_peft import full as full_module  # noqa: E402
-from mergeprobe_fast.merge_peft import tiers, workers  # noqa: E402
-from mergeprobe_fast.merge_peft.work import Worker  # noqa: E402
+from mergeprobe_fast.merge_peft.model import base as base_module  # noqa: E402
+from mergeprobe_fast.merge_peft.runs import workers  # noqa: E402
+from mergeprobe_fast.merge_peft.runs.work import Worker  # noqa: E402
+from mergeprobe_fast.merge_peft.tiers import full as full_module  # noqa: E402
+from mergeprobe_fast.merge_peft.tiers import sizes  # noqa: E402
 
 KEY = "sum(math-a+case-a)"
 
@@ -33,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tier is the tiny one."""
     monkeypatch.setattr(
-        tiers, "tier", lambda name, *, seed=0: make_tier("sum", "regmean-4", seed=seed)
+        sizes, "tier", lambda name, *, seed=0: make_tier("sum", "regmean-4", seed=seed)
     )
 
 
@@ -84,7 +85,7 @@ def test_interrupted_it_says_how_to_go_on(tmp_path, base, capsys, monkeypatch):
 
 def test_what_was_refused_is_told(tmp_path, base, capsys, monkeypatch):
     from mergeprobe_fast.errors import InputError
-    from mergeprobe_fast.merge_peft import work
+    from mergeprobe_fast.merge_peft.runs import work
 
     def refuse(*given: Any, **more: Any) -> Any:
         raise InputError("not today", key="method")

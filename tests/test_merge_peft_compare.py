@@ -15,10 +15,11 @@ from made_runs import make_journal, make_tier, write_lines
 from rich.console import Console
 from tolerances import bound
 
-from mergeprobe_fast.merge_peft import operator_table as ot
-from mergeprobe_fast.merge_peft import report, results_operators, results_short
-from mergeprobe_fast.merge_peft.labels import label_rows, read_scores, write_labels
-from mergeprobe_fast.merge_peft.tables import study_block, tables
+from mergeprobe_fast.merge_peft.outcome.labels import label_rows, read_scores, write_labels
+from mergeprobe_fast.merge_peft.report import operator_table as ot
+from mergeprobe_fast.merge_peft.report import report
+from mergeprobe_fast.merge_peft.report.tables import study_block, tables
+from mergeprobe_fast.merge_peft.results import operators, sentences
 
 EXACT = bound("resamples")
 
@@ -68,12 +69,12 @@ def test_no_page_ranks_operators_of_different_sets(unfair, tmp_path: Path) -> No
     found = report.summary(read_scores(tmp_path), [], tier) | unfair
     page = report.render(found)
     assert "operators were measured on different sets" in page.lower()
-    text = results_operators.section(found, [], {})
+    text = operators.section(found, [], {})
     assert "means do not compare" in text and "difference to `mean`" in text
     assert "Highest" not in text and "Highest" not in page
-    (line,) = results_short.short(found, None).splitlines()
+    (line,) = sentences.short(found, None).splitlines()
     assert line == "- Pairs: operators were measured on different sets, so that none is the best."
-    assert dict(results_operators.pictures(found)) == {}  # four sets have no interval
+    assert dict(operators.pictures(found)) == {}  # four sets have no interval
     assert "(different sets)" in printed(found, 80)
 
 
@@ -97,7 +98,7 @@ def test_operators_of_few_sets_are_left_out_until_enough_are_common(
     assert values == {"mean": None, "svd": pytest.approx(0.05), "few": pytest.approx(0.1),
                       "ties": pytest.approx(0)}  # fmt: skip
     assert [r["operator"] for r in block["operators"]] == ["few", "svd", "mean", "ties"]
-    ((name, picture),) = results_operators.pictures(tables(everything))
+    ((name, picture),) = operators.pictures(tables(everything))
     assert name == "operators" and "ll_norm over mean, on the rows both have" in picture
     assert "hollow" not in picture and ">few<" in picture and ">mean<" not in picture
     told = printed(tables(everything), 80)
@@ -140,7 +141,7 @@ def test_rows_without_ll_norm_are_told(rng: np.random.Generator, tmp_path: Path)
     worst = f"{record['ll_norm_worst']:.3f} (10 of 15)"
     page = report.render(found)
     assert "<td>25 of 30</td>" in page and f"<td>{worst}</td>" in page
-    text = results_operators.section(found, [], {})
+    text = operators.section(found, [], {})
     assert "| 25 of 30 |" in text and f"| {worst} |" in text
 
 
@@ -202,12 +203,12 @@ def test_a_run_that_is_half_done_says_how_much_of_what_is_in(tmp_path: Path) -> 
         part = next(s for s in run["studies"] if s["study"] == "pairs")
         told = f"{part['merges']} of {part['planned']}"
         assert f"{told} merges are in: pairs of different domains." in page
-        facts = results_operators.what_was_run(found, "an abacus")
+        facts = operators.what_was_run(found, "an abacus")
         assert "not complete, merges that are in: " in facts
         assert f"pairs of different domains {told}" in facts
-        text = results_operators.section(found, [], {})
+        text = operators.section(found, [], {})
         assert not re.search(r"\bnan\b|None", text) and printed(found, 80)
-        results_short.short(found, None)
+        sentences.short(found, None)
 
 
 def test_others_are_compared_with_what_shares_most_sets_with_them(

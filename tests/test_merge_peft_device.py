@@ -27,13 +27,14 @@ from tiny_items import (  # noqa: E402
 )
 
 import mergeprobe_fast as mpf  # noqa: E402
-from mergeprobe_fast.merge_peft import batches, evaluate  # noqa: E402
-from mergeprobe_fast.merge_peft.base import Base, load_base  # noqa: E402
-from mergeprobe_fast.merge_peft.evaluate import Evaluation  # noqa: E402
-from mergeprobe_fast.merge_peft.recipe import Recipe  # noqa: E402
-from mergeprobe_fast.merge_peft.suffix import Suffix  # noqa: E402
+from mergeprobe_fast.merge_peft.model import batches  # noqa: E402
+from mergeprobe_fast.merge_peft.model.base import Base, load_base  # noqa: E402
+from mergeprobe_fast.merge_peft.model.suffix import Suffix  # noqa: E402
+from mergeprobe_fast.merge_peft.model.whole import WholeModel, layer_prefix  # noqa: E402
+from mergeprobe_fast.merge_peft.stages import evaluate  # noqa: E402
+from mergeprobe_fast.merge_peft.stages.evaluate import Evaluation  # noqa: E402
 from mergeprobe_fast.merge_peft.tasks.item import END_OF_TURN, Item  # noqa: E402
-from mergeprobe_fast.merge_peft.whole import WholeModel, layer_prefix  # noqa: E402
+from mergeprobe_fast.merge_peft.tiers.recipe import Recipe  # noqa: E402
 
 ROUNDING = bound("likelihood")
 KINDS = ("exact", "choice", "refusal", "code")
@@ -145,7 +146,7 @@ def test_adapters_of_a_whole_model_are_trained_and_measured(
     pytest.importorskip("peft", exc_type=ImportError)
     from peft import PeftModel
 
-    from mergeprobe_fast.merge_peft.train import train
+    from mergeprobe_fast.merge_peft.stages.train import train
 
     monkeypatch.setitem(tiny_bases.CONFIGS, "OPT", {**tiny_bases.CONFIGS["OPT"], "dropout": 0.3})
     for kind, projections, variant in (
@@ -195,7 +196,7 @@ def test_nothing_is_computed_on_two_devices_at_once(
 ) -> None:
     """Training, evaluation and writing, on a stand-in for a GPU: no GPU was there to test on."""
     pytest.importorskip("peft", exc_type=ImportError)
-    from mergeprobe_fast.merge_peft.train import train
+    from mergeprobe_fast.merge_peft.stages.train import train
 
     items = [draw_item(rng, kind) for _ in range(4) for kind in KINDS]
     items += [draw_item(rng, "exact", "other") for _ in range(4)]

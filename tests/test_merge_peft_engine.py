@@ -25,9 +25,10 @@ from tiny_items import (  # noqa: E402
 )
 
 import mergeprobe_fast as mpf  # noqa: E402
-from mergeprobe_fast.merge_peft import batches, evaluate  # noqa: E402
-from mergeprobe_fast.merge_peft.base import Base, load_base  # noqa: E402
-from mergeprobe_fast.merge_peft.evaluate import Evaluation, Scores, stop_tokens  # noqa: E402
+from mergeprobe_fast.merge_peft.model import batches  # noqa: E402
+from mergeprobe_fast.merge_peft.model.base import Base, load_base  # noqa: E402
+from mergeprobe_fast.merge_peft.stages import evaluate  # noqa: E402
+from mergeprobe_fast.merge_peft.stages.evaluate import Evaluation, Scores, stop_tokens  # noqa: E402
 from mergeprobe_fast.merge_peft.tasks.item import END_OF_TURN, Item  # noqa: E402
 
 KINDS = ("exact", "verify", "choice", "refusal", "code")

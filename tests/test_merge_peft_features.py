@@ -16,12 +16,12 @@ from probes import make_run
 import mergeprobe_fast as mpf
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.formats import open_adapter
-from mergeprobe_fast.merge_peft import results_analysis
-from mergeprobe_fast.merge_peft.analysis_pairs import read_pairs
-from mergeprobe_fast.merge_peft.analysis_predictors import PHYSICS, is_of_weights
-from mergeprobe_fast.merge_peft.features import write_features
-from mergeprobe_fast.merge_peft.plan import AdapterPlan, Exam, Tier
-from mergeprobe_fast.merge_peft.recipe import Recipe
+from mergeprobe_fast.merge_peft.outcome.features import write_features
+from mergeprobe_fast.merge_peft.results import foretold
+from mergeprobe_fast.merge_peft.study.pairs import read_pairs
+from mergeprobe_fast.merge_peft.study.predictors import PHYSICS, is_of_weights
+from mergeprobe_fast.merge_peft.tiers.plan import AdapterPlan, Exam, Tier
+from mergeprobe_fast.merge_peft.tiers.recipe import Recipe
 
 LOW, HIGH, MORE = (f"model.layers.{i}.self_attn.q_proj" for i in range(3))
 SIZES = {LOW: (12, 10, 3), HIGH: (12, 10, 3), MORE: (9, 10, 2)}
@@ -183,7 +183,7 @@ def test_what_the_analysis_looks_for_is_there_by_these_names(made):
     columns = pq.read_schema(write_features(folder, make_tier())).names
     known = {n.partition(":")[2] for n in columns} | {"norm_b_to_a"}
     late = {n for n in columns if n.startswith("final:")} | {"final:effect_trained_a_by_b"}
-    assert {*PHYSICS} <= late and {*results_analysis.NAMED} <= known
+    assert {*PHYSICS} <= late and {*foretold.NAMED} <= known
     weights = {n for n in late if is_of_weights(n)}
     some = ("cosine", "row_overlap.max", "norm_a", "stable_rank_b")
     assert {f"final:{name}" for name in some} <= weights

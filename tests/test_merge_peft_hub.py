@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft import full, hub, sandbox
-from mergeprobe_fast.merge_peft.layouts import SETS
-from mergeprobe_fast.merge_peft.leaks import check_leaks
-from mergeprobe_fast.merge_peft.plan import Exam
-from mergeprobe_fast.merge_peft.tasks import END_OF_TURN, chat, check, closed
+from mergeprobe_fast.merge_peft.public import hub
+from mergeprobe_fast.merge_peft.public.layouts import SETS
+from mergeprobe_fast.merge_peft.tasks import END_OF_TURN, chat, check, closed, sandbox
 from mergeprobe_fast.merge_peft.tasks.ifeval import CHECKS
+from mergeprobe_fast.merge_peft.tasks.leaks import check_leaks
+from mergeprobe_fast.merge_peft.tiers import full
+from mergeprobe_fast.merge_peft.tiers.plan import Exam
 
 Rows = list[dict[str, Any]]
 
@@ -129,7 +130,7 @@ def test_what_a_full_tier_needs_is_said(tmp_path: Path) -> None:
 def test_the_data_of_an_exam_does_not_move_the_digest_of_others() -> None:
     from dataclasses import asdict
 
-    from mergeprobe_fast.merge_peft.plan import Tier
+    from mergeprobe_fast.merge_peft.tiers.plan import Tier
 
     exam = Exam("a", "math")
     tiers = [Tier("t", "", 0, {"a": e}, {}, {}, {}) for e in (exam, Exam("a", "math", data="x"))]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import mergeprobe_fast as mpf
-from mergeprobe_fast.merge_peft.journal import JOURNAL_NAME, open_journal, read_journal
+from mergeprobe_fast.merge_peft.outcome.journal import JOURNAL_NAME, open_journal, read_journal
 
 FACTS = {
     "tier": "t", "seed": 0, "digest": "d", "base": "b", "base_fingerprint": "f", "device": "cpu",
@@ -155,7 +155,7 @@ def test_the_tier_may_change_until_something_is_measured(tmp_path):
 
 def test_two_at_a_time_are_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
     program = (
-        "import sys, time\nfrom mergeprobe_fast.merge_peft.journal import open_journal\n"
+        "import sys, time\nfrom mergeprobe_fast.merge_peft.outcome.journal import open_journal\n"
         f"with open_journal(sys.argv[1], {FACTS!r}):\n    print('in', flush=True)\n"
         "    time.sleep(600)\n"
     )
@@ -188,7 +188,7 @@ def test_a_full_disk_is_an_error_and_what_was_there_before_stays(tmp_path):
     """In a process of its own, whose files may grow by 40 bytes more; then there is room again."""
     program = (
         "import os, resource, sys\nfrom mergeprobe_fast.errors import InputError\n"
-        "from mergeprobe_fast.merge_peft.journal import open_journal\n"
+        "from mergeprobe_fast.merge_peft.outcome.journal import open_journal\n"
         f"try:\n    with open_journal(sys.argv[1], {FACTS!r}) as journal:\n"
         "        size = os.stat(journal.path).st_size + 40\n"
         "        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"

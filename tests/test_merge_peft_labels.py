@@ -15,10 +15,10 @@ from made_runs import make_journal, make_tier, write_lines
 from tolerances import bound
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft import noise
-from mergeprobe_fast.merge_peft.base import WHEEL_NAME
-from mergeprobe_fast.merge_peft.kept import kept, single_gains
-from mergeprobe_fast.merge_peft.labels import (
+from mergeprobe_fast.merge_peft.model.base import WHEEL_NAME
+from mergeprobe_fast.merge_peft.outcome import noise
+from mergeprobe_fast.merge_peft.outcome.kept import kept, single_gains
+from mergeprobe_fast.merge_peft.outcome.labels import (
     COLUMNS,
     compare_rows,
     label_rows,
@@ -26,9 +26,9 @@ from mergeprobe_fast.merge_peft.labels import (
     read_scores,
     write_labels,
 )
-from mergeprobe_fast.merge_peft.noise import Bootstrap, counts_of
-from mergeprobe_fast.merge_peft.plan import Tier
-from mergeprobe_fast.merge_peft.scores import Asked, Measured
+from mergeprobe_fast.merge_peft.outcome.noise import Bootstrap, counts_of
+from mergeprobe_fast.merge_peft.outcome.scores import Asked, Measured
+from mergeprobe_fast.merge_peft.tiers.plan import Tier
 
 SPREAD, EXACT = bound("bootstrap"), bound("resamples")
 
@@ -68,7 +68,7 @@ def test_resamples_are_what_a_loop_over_drawn_items_gives(rng: np.random.Generat
 
 def test_utility_is_the_one_of_the_evaluation(rng: np.random.Generator) -> None:
     pytest.importorskip("torch")
-    from mergeprobe_fast.merge_peft.evaluate import Scores
+    from mergeprobe_fast.merge_peft.stages.evaluate import Scores
 
     for sides in ((-1,), (0, 1), (1,), (-1, 0, 1), (-1, 0)):
         refuse = rng.choice(sides, 40).astype(np.int8)

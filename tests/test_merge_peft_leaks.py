@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft.leaks import check_leaks, normalised
 from mergeprobe_fast.merge_peft.tasks import DOMAINS, Item, build, chat, closed
+from mergeprobe_fast.merge_peft.tasks.leaks import check_leaks, normalised
 
 SPLITS = ("train", "test", "calibration")
 

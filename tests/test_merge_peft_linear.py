@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mergeprobe_fast.merge_peft import linear  # noqa: E402
+from mergeprobe_fast.merge_peft.model import linear  # noqa: E402
 
 SHAPES = [(7, 5, 3), (1, 64, 32), (0, 8, 4), (33, 576, 192)]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft.tasks import chat, check, closed, read_local
+from mergeprobe_fast.merge_peft.public.local import read_local
+from mergeprobe_fast.merge_peft.tasks import chat, check, closed
 
 SOLUTION = "He has 3*4=<<3*4=12>>12 pens.\nSo 1,200+12=<<1200+12=1212>>1212.\n#### 1,212"
 

@@ -13,16 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft import analysis, results_analysis
-from mergeprobe_fast.merge_peft.analysis_pairs import EXAM, read_pairs
-from mergeprobe_fast.merge_peft.analysis_predictors import (
+from mergeprobe_fast.merge_peft.report.charts import number
+from mergeprobe_fast.merge_peft.results import foretold
+from mergeprobe_fast.merge_peft.study import analysis
+from mergeprobe_fast.merge_peft.study.pairs import EXAM, read_pairs
+from mergeprobe_fast.merge_peft.study.predictors import (
     BOTH,
     METADATA,
     NAMES,
     PAIR_MEAN,
     predictors,
 )
-from mergeprobe_fast.merge_peft.charts import number
 
 DOMAINS = ("math", "code", "science", "safety")
 
@@ -121,9 +122,9 @@ def test_what_cannot_be_computed_is_told_as_such(tmp_path, rng):
     found = analysis.analyse(tmp_path)
     assert {s["within"] for s in found["splits"]["adapter"]} == {None}
     assert None not in {s["within"] for s in found["splits"]["domain"]}
-    text = results_analysis.section(found, {"predictors": "predictors.svg"})
+    text = foretold.section(found, {"predictors": "predictors.svg"})
     table = text[text.index("**The victim's adapter held out**") :]
     row = next(line for line in table.splitlines() if line.startswith(f"| {NAMES} |"))
     assert row.split("|")[3].strip() == number(None)
-    (svg,) = results_analysis.pictures(found).values()
+    (svg,) = foretold.pictures(found).values()
     assert not re.search(r"nan|None", text + svg)

@@ -20,11 +20,12 @@ from made_runs import make_journal, make_tier, write_lines
 from tolerances import bound
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft import label_noise, noise, report
-from mergeprobe_fast.merge_peft import operator_table as ot
-from mergeprobe_fast.merge_peft.labels import label_rows, read_scores, write_labels
-from mergeprobe_fast.merge_peft.plan import MergePlan
-from mergeprobe_fast.merge_peft.tables import tables
+from mergeprobe_fast.merge_peft.outcome import noise
+from mergeprobe_fast.merge_peft.outcome.labels import label_rows, read_scores, write_labels
+from mergeprobe_fast.merge_peft.report import label_noise, report
+from mergeprobe_fast.merge_peft.report import operator_table as ot
+from mergeprobe_fast.merge_peft.report.tables import tables
+from mergeprobe_fast.merge_peft.tiers.plan import MergePlan
 
 EXACT = bound("resamples")
 

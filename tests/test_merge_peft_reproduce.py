@@ -18,14 +18,14 @@ from tiny_tier import make_base_folder, make_tier  # noqa: E402
 
 import mergeprobe_fast as mpf  # noqa: E402
 from mergeprobe_fast import cli  # noqa: E402
-from mergeprobe_fast.merge_peft import reproduce, tiers  # noqa: E402
-from mergeprobe_fast.merge_peft.labels import (  # noqa: E402
+from mergeprobe_fast.merge_peft.outcome.labels import (  # noqa: E402
     COLUMNS,
     IDENTITY,
     compare_rows,
     write_labels,
 )
-from mergeprobe_fast.merge_peft.reproduce import (  # noqa: E402
+from mergeprobe_fast.merge_peft.runs import reproduce  # noqa: E402
+from mergeprobe_fast.merge_peft.runs.reproduce import (  # noqa: E402
     TOLERANCE,
     Sample,
     draw,
@@ -35,7 +35,8 @@ from mergeprobe_fast.merge_peft.reproduce import (  # noqa: E402
     recompute,
     table,
 )
-from mergeprobe_fast.merge_peft.run import run  # noqa: E402
+from mergeprobe_fast.merge_peft.runs.run import run  # noqa: E402
+from mergeprobe_fast.merge_peft.tiers import sizes  # noqa: E402
 
 OPERATORS = ("sum", "reweighted", "regmean-1")
 
@@ -52,7 +53,7 @@ def bank(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def tiny_tiers(monkeypatch):
     made = {"tiny-test": lambda seed: make_tier(*OPERATORS, seed=seed)}
-    monkeypatch.setattr(tiers, "TIERS", made)
+    monkeypatch.setattr(sizes, "TIERS", made)
 
 
 def rewritten(path, out, **change):

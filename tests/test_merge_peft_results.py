@@ -16,11 +16,13 @@ import pytest
 from made_runs import make_journal, make_tier
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft import analysis, results, results_analysis
-from mergeprobe_fast.merge_peft.analysis_predictors import NAMES as BY_NAMES
-from mergeprobe_fast.merge_peft.labels import read_labels, write_labels
-from mergeprobe_fast.merge_peft.operator_table import clipped
-from mergeprobe_fast.merge_peft.report import write_report
+from mergeprobe_fast.merge_peft.outcome.labels import read_labels, write_labels
+from mergeprobe_fast.merge_peft.report.operator_table import clipped
+from mergeprobe_fast.merge_peft.report.report import write_report
+from mergeprobe_fast.merge_peft.results import foretold
+from mergeprobe_fast.merge_peft.results import page as results_page
+from mergeprobe_fast.merge_peft.study import analysis
+from mergeprobe_fast.merge_peft.study.predictors import NAMES as BY_NAMES
 
 NAMES = ("cosine", "norm_a", "norm_b", "row_overlap")
 
@@ -58,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run, tmp_path_factory) -> Path:
-    return results.write_results([run], tmp_path_factory.mktemp("page"), machine="an abacus")
+    return results_page.write_results([run], tmp_path_factory.mktemp("page"), machine="an abacus")
 
 
 def row_of(text: str, name: str, after: str) -> list[str]:
@@ -109,7 +111,7 @@ def test_every_predictor_is_told_beside_one_that_knows_names_only(page):
     found = json.loads((page.parent / "analysis-made.json").read_text("utf-8"))
     text = page.read_text("utf-8")
     assert "compare with *which adapters + domains, ridge*" in text
-    for split, title in results_analysis.TITLES.items():
+    for split, title in foretold.TITLES.items():
         by_name = {s["name"]: s for s in found["splits"][split]}
         if BY_NAMES not in by_name:  # one seed, which leaves nothing to learn from
             assert f"**{title} held out**: " in text
@@ -147,21 +149,21 @@ def test_what_is_known_is_not_worked_out_again_until_labels_or_code_change(
     def never(*given, **named):
         raise AssertionError("worked out again")
 
-    monkeypatch.setattr(results, "analyse", never)
-    results.write_results([run], page.parent, machine="an abacus")
+    monkeypatch.setattr(results_page, "analyse", never)
+    results_page.write_results([run], page.parent, machine="an abacus")
     assert {p.name: p.read_bytes() for p in page.parent.iterdir()} == before
     own = Path(analysis.__file__)
-    assert own in results.sources() and own.with_name("analysis_models.py") in results.sources()
+    assert own in results_page.sources() and own.with_name("models.py") in results_page.sources()
     other = tmp_path / "analysis.py"
     other.write_text(own.read_text("utf-8") + "\n", encoding="utf-8")
     with monkeypatch.context() as changed:
-        changed.setattr(results, "sources", lambda: [other])
+        changed.setattr(results_page, "sources", lambda: [other])
         with pytest.raises(AssertionError, match="worked out again"):
-            results.write_results([run], page.parent)
+            results_page.write_results([run], page.parent)
     kept = page.parent / "analysis-made.json"
     kept.write_text(kept.read_text("utf-8").replace('"of": "', '"of": "0'), encoding="utf-8")
     with pytest.raises(AssertionError, match="worked out again"):
-        results.write_results([run], page.parent)
+        results_page.write_results([run], page.parent)
 
 
 def test_a_run_without_features_has_operators_only(run, tmp_path):
@@ -169,7 +171,7 @@ def test_a_run_without_features_has_operators_only(run, tmp_path):
     bare.mkdir()
     for name in ("labels.parquet", "summary.json"):
         (bare / name).write_bytes((run / name).read_bytes())
-    text = results.write_results([bare], tmp_path / "page").read_text("utf-8")
+    text = results_page.write_results([bare], tmp_path / "page").read_text("utf-8")
     assert "### Pairs of different domains" in text and "### What can be foretold" not in text
 
 
@@ -183,7 +185,7 @@ def test_of_a_few_pairs_nothing_is_foretold(tmp_path):
     pairs = sorted({(r["member"], r["partner"]) for r in rows})
     features = [{"victim": v, "partner": p, "final:cosine": 0.5} for v, p in pairs]
     pq.write_table(pa.Table.from_pylist(features), folder / "features.parquet")
-    text = results.write_results([folder], tmp_path / "page").read_text("utf-8")
+    text = results_page.write_results([folder], tmp_path / "page").read_text("utf-8")
     assert "What can be foretold is not asked" in text and "### What is noise" not in text
     with pytest.raises(InputError, match=r"only \d+ labels of sum"):
         analysis.analyse(folder)
@@ -191,6 +193,6 @@ def test_of_a_few_pairs_nothing_is_foretold(tmp_path):
 
 def test_what_cannot_be_used_is_named(run, tmp_path, capsys):
     with pytest.raises(InputError, match="second run of tier made"):
-        results.write_results([run, run], tmp_path / "page")
-    assert results.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+        results_page.write_results([run, run], tmp_path / "page")
+    assert results_page.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert "summary.json" in capsys.readouterr().err

@@ -20,13 +20,15 @@ pytest.importorskip("transformers")
 from tiny_tier import make_adapter_plan, make_base_folder, make_tier  # noqa: E402
 
 import mergeprobe_fast as mpf  # noqa: E402
-from mergeprobe_fast.merge_peft import routers, work  # noqa: E402
-from mergeprobe_fast.merge_peft import run as running  # noqa: E402
-from mergeprobe_fast.merge_peft.journal import JOURNAL_NAME, read_journal  # noqa: E402
-from mergeprobe_fast.merge_peft.plan import Exam, Operator, Tier  # noqa: E402
-from mergeprobe_fast.merge_peft.run import check_exams, look, run  # noqa: E402
+from mergeprobe_fast.merge_peft.outcome.journal import JOURNAL_NAME, read_journal  # noqa: E402
+from mergeprobe_fast.merge_peft.runs import exams as exams_module  # noqa: E402
+from mergeprobe_fast.merge_peft.runs import work  # noqa: E402
+from mergeprobe_fast.merge_peft.runs.exams import check_exams  # noqa: E402
+from mergeprobe_fast.merge_peft.runs.run import look, run  # noqa: E402
+from mergeprobe_fast.merge_peft.runs.units import STAGES  # noqa: E402
+from mergeprobe_fast.merge_peft.stages import routers  # noqa: E402
 from mergeprobe_fast.merge_peft.tasks.item import Item  # noqa: E402
-from mergeprobe_fast.merge_peft.units import STAGES  # noqa: E402
+from mergeprobe_fast.merge_peft.tiers.plan import Exam, Operator, Tier  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,7 @@ def test_a_merge_whose_algebra_fails_is_noted_and_the_others_go_on(
 @pytest.mark.parametrize("of", ["routers", "osrm"])
 def test_what_routers_and_osrm_read_is_no_test_item(monkeypatch, of):
     """Each draws items of the split train that no adapter is trained on."""
-    tier, plain, named = make_tier("sum", gradients=False), Exam.items, running.osrm_items
+    tier, plain, named = make_tier("sum", gradients=False), Exam.items, exams_module.osrm_items
     check_exams(tier)
     leaked = tier.exams["math"].items("test", tier.test_items, tier.seed)
 
@@ -251,8 +253,9 @@ def test_what_routers_and_osrm_read_is_no_test_item(monkeypatch, of):
         monkeypatch.setattr(Exam, "items", drawn)
     else:
         monkeypatch.setattr(
-            running, "osrm_items", lambda plan: [*named(plan), *(leaked if named(plan) else ())]
-        )
+            exams_module, "osrm_items",
+            lambda plan: [*named(plan), *(leaked if named(plan) else ())],
+        )  # fmt: skip
     assert error(lambda: check_exams(tier)).key == "train and test"
 
 

@@ -18,9 +18,30 @@ import tiny_bases  # noqa: E402
 from tiny_items import make_character_base, wide_copy  # noqa: E402
 
 import mergeprobe_fast as mpf  # noqa: E402
-from mergeprobe_fast.merge_peft import routers  # noqa: E402
-from mergeprobe_fast.merge_peft.base import Base, load_base  # noqa: E402
-from mergeprobe_fast.merge_peft.plan import (  # noqa: E402
+from mergeprobe_fast.merge_peft.model.base import Base, load_base  # noqa: E402
+from mergeprobe_fast.merge_peft.stages import prompts as prompts_module  # noqa: E402
+from mergeprobe_fast.merge_peft.stages.prompts import (  # noqa: E402
+    Prompts,
+    prompt_states,
+    read_prompts,
+)
+from mergeprobe_fast.merge_peft.stages.routers import (  # noqa: E402
+    CENTROID,
+    LEARNED,
+    ORACLE,
+    ROUTERS,
+    TOKEN,
+    WORDED,
+    confusion,
+    decide,
+    decide_set,
+    exams_of,
+    lines,
+    needed,
+    sets_of,
+)
+from mergeprobe_fast.merge_peft.tasks.words import SPLITS  # noqa: E402
+from mergeprobe_fast.merge_peft.tiers.plan import (  # noqa: E402
     AdapterPlan,
     Exam,
     MergePlan,
@@ -28,26 +49,7 @@ from mergeprobe_fast.merge_peft.plan import (  # noqa: E402
     Tier,
     single_key,
 )
-from mergeprobe_fast.merge_peft.recipe import Recipe  # noqa: E402
-from mergeprobe_fast.merge_peft.routers import (  # noqa: E402
-    CENTROID,
-    LEARNED,
-    ORACLE,
-    ROUTERS,
-    TOKEN,
-    WORDED,
-    Prompts,
-    confusion,
-    decide,
-    decide_set,
-    exams_of,
-    lines,
-    needed,
-    prompt_states,
-    read_prompts,
-    sets_of,
-)
-from mergeprobe_fast.merge_peft.tasks.words import SPLITS  # noqa: E402
+from mergeprobe_fast.merge_peft.tiers.recipe import Recipe  # noqa: E402
 
 TASKS = ("math.one_step", "instruct.case", "code.list", "safety.fraud")
 NAMES = tuple(task.replace(".", "-") for task in TASKS)
@@ -155,7 +157,7 @@ def test_states_are_computed_once_and_only_used_for_the_same_prompts(
         assert [ids.tolist() for ids in part.tokens] == [base.encode(i.prompt) for i in wanted]
         alone = prompt_states(base, 1, part.tokens)
         assert np.abs(part.states - alone).max() <= bound("likelihood") * np.abs(alone).max()
-    monkeypatch.setattr(routers, "prompt_states", None)  # not called again
+    monkeypatch.setattr(prompts_module, "prompt_states", None)  # not called again
     again = read_prompts(tmp_path, tier, task, base)
     assert all(again[split].states.tobytes() == first[split].states.tobytes() for split in SPLITS)
     for other, which in (

@@ -27,14 +27,14 @@ from tiny_items import token_log_likelihoods, wide_copy  # noqa: E402
 from tiny_tier import EXAMS, make_base_folder, make_tier  # noqa: E402
 
 import mergeprobe_fast as mpf  # noqa: E402
-from mergeprobe_fast.merge_peft import work  # noqa: E402
-from mergeprobe_fast.merge_peft.base import load_base  # noqa: E402
-from mergeprobe_fast.merge_peft.evaluate import Evaluation  # noqa: E402
-from mergeprobe_fast.merge_peft.journal import JOURNAL_NAME, Journal, read_journal  # noqa: E402
-from mergeprobe_fast.merge_peft.labels import read_labels  # noqa: E402
-from mergeprobe_fast.merge_peft.plan import Exam, MergePlan, single_key  # noqa: E402
-from mergeprobe_fast.merge_peft.run import look, run  # noqa: E402
-from mergeprobe_fast.merge_peft.units import STAGES  # noqa: E402
+from mergeprobe_fast.merge_peft.model.base import load_base  # noqa: E402
+from mergeprobe_fast.merge_peft.outcome.journal import JOURNAL_NAME, Journal, read_journal  # noqa: E402
+from mergeprobe_fast.merge_peft.outcome.labels import read_labels  # noqa: E402
+from mergeprobe_fast.merge_peft.runs import work  # noqa: E402
+from mergeprobe_fast.merge_peft.runs.run import look, run  # noqa: E402
+from mergeprobe_fast.merge_peft.runs.units import STAGES  # noqa: E402
+from mergeprobe_fast.merge_peft.stages.evaluate import Evaluation  # noqa: E402
+from mergeprobe_fast.merge_peft.tiers.plan import Exam, MergePlan, single_key  # noqa: E402
 
 TIMES = ("seconds", "seconds_per_prompt")
 
@@ -203,7 +203,7 @@ def test_two_processes_that_are_killed_leave_a_run_that_goes_on(tmp_path, whole,
     out, script = tmp_path / "run", tmp_path / "script.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from tiny_tier import make_tier\nfrom mergeprobe_fast.merge_peft.run import run\n"
+        "from tiny_tier import make_tier\nfrom mergeprobe_fast.merge_peft.runs.run import run\n"
         "if __name__ == '__main__':\n"
         f"    run(make_tier(), {str(out)!r}, base={str(base)!r}, jobs=2)\n"
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mergeprobe_fast.errors import BackendError
-from mergeprobe_fast.merge_peft import sandbox
-from mergeprobe_fast.merge_peft.sandbox import refusal_reason, run, run_many
+from mergeprobe_fast.merge_peft.tasks import sandbox
+from mergeprobe_fast.merge_peft.tasks.sandbox import refusal_reason, run, run_many
 
 ANY_TEST = [("([1, 2],)", "2")]
 

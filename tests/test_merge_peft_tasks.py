@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft.leaks import check_leaks, normalised
 from mergeprobe_fast.merge_peft.tasks import (
     DOMAINS,
     END_OF_TURN,
@@ -26,6 +25,7 @@ from mergeprobe_fast.merge_peft.tasks import (
     check,
     check_many,
 )
+from mergeprobe_fast.merge_peft.tasks.leaks import check_leaks, normalised
 from mergeprobe_fast.merge_peft.tasks.verifiers import VERIFIERS, verify
 
 COUNTS = {"train": 320, "test": 128, "calibration": 64}

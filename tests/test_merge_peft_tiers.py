@@ -14,12 +14,12 @@ from calibrations import make_calibration
 
 import mergeprobe_fast as mpf
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft import bank, capacity
-from mergeprobe_fast.merge_peft.leaks import check_leaks
-from mergeprobe_fast.merge_peft.operators import CAPACITY_OPERATORS, OPERATORS
-from mergeprobe_fast.merge_peft.plan import Operator, Tier
 from mergeprobe_fast.merge_peft.tasks.build import DOMAINS, TASKS
-from mergeprobe_fast.merge_peft.tiers import TIERS, tier
+from mergeprobe_fast.merge_peft.tasks.leaks import check_leaks
+from mergeprobe_fast.merge_peft.tiers import bank, capacity
+from mergeprobe_fast.merge_peft.tiers.operators import CAPACITY_OPERATORS, OPERATORS
+from mergeprobe_fast.merge_peft.tiers.plan import Operator, Tier
+from mergeprobe_fast.merge_peft.tiers.sizes import TIERS, tier
 
 NAMES = ("math", "code", "law")
 

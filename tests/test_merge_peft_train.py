@@ -28,12 +28,12 @@ from tiny_items import (  # noqa: E402
 
 import mergeprobe_fast as mpf  # noqa: E402
 from mergeprobe_fast.io.probe import open_run  # noqa: E402
-from mergeprobe_fast.merge_peft import train as train_module  # noqa: E402
-from mergeprobe_fast.merge_peft.base import Base  # noqa: E402
-from mergeprobe_fast.merge_peft.evaluate import Evaluation  # noqa: E402
-from mergeprobe_fast.merge_peft.initial import FLY_SHARE, quiet_rows, random_rows  # noqa: E402
-from mergeprobe_fast.merge_peft.recipe import Recipe  # noqa: E402
-from mergeprobe_fast.merge_peft.train import train  # noqa: E402
+from mergeprobe_fast.merge_peft.model.base import Base  # noqa: E402
+from mergeprobe_fast.merge_peft.stages import train as train_module  # noqa: E402
+from mergeprobe_fast.merge_peft.stages.evaluate import Evaluation  # noqa: E402
+from mergeprobe_fast.merge_peft.stages.initial import FLY_SHARE, quiet_rows, random_rows  # noqa: E402
+from mergeprobe_fast.merge_peft.stages.train import train  # noqa: E402
+from mergeprobe_fast.merge_peft.tiers.recipe import Recipe  # noqa: E402
 
 # Of the tests' own use of PEFT; the package answers for its own.
 loads_with_peft = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -13,7 +13,7 @@ from adapters import MadeAdapter
 from tiny_bases import VOCABULARY, load, make_base, widened
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from mergeprobe_fast.merge_peft.base import Base
+from mergeprobe_fast.merge_peft.model.base import Base
 from mergeprobe_fast.merge_peft.tasks.item import END_OF_TURN, Item
 
 LETTERS = "\n abcdefghijklmnopqrstuvwxyz()[]:+-*.,<>=012345"

@@ -10,8 +10,8 @@ from tiny_bases import make_base
 from tiny_items import character_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mergeprobe_fast.merge_peft.plan import AdapterPlan, Exam, MergePlan, Operator, Tier
-from mergeprobe_fast.merge_peft.recipe import Recipe
+from mergeprobe_fast.merge_peft.tiers.plan import AdapterPlan, Exam, MergePlan, Operator, Tier
+from mergeprobe_fast.merge_peft.tiers.recipe import Recipe
 
 EXAMS = {
     "math": Exam("math", "math", ("math.one_step",)),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_reproduce(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`.reproduce`."""
+    """Of :mod:`.runs.reproduce`."""
     parser.add_argument("bank", type=Path, metavar="BANK", help="a labels.parquet")
     parser.add_argument("--rows", type=int, default=3, help="how many to draw (default 3)")
     parser.add_argument("--seed", type=int, help="of the draw (default: a fresh one, printed)")
@@ -20,7 +20,7 @@ def add_reproduce(parser: argparse.ArgumentParser) -> None:
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """Of :mod:`.results`."""
+    """Of :mod:`.results.page`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page")
     parser.add_argument("--machine", default="", help="what the runs took place on, in words")

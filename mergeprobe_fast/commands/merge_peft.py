@@ -38,7 +38,7 @@ def add(command: AddCommand) -> None:
 
 def reproduce(options: argparse.Namespace) -> int:
     _check_libraries()
-    from mergeprobe_fast.merge_peft.reproduce import compare
+    from mergeprobe_fast.merge_peft.runs.reproduce import compare
 
     if not options.json:
         return NO if compare(options) else OK
@@ -49,7 +49,7 @@ def reproduce(options: argparse.Namespace) -> int:
 
 
 def results(options: argparse.Namespace) -> int:
-    from mergeprobe_fast.merge_peft.results import write_results
+    from mergeprobe_fast.merge_peft.results.page import write_results
 
     page = write_results(options.runs, options.out, machine=options.machine)
     if options.json:
@@ -96,8 +96,8 @@ def _add_run(command: AddCommand) -> None:
 
 def run(options: argparse.Namespace) -> int:
     _check_libraries()
-    from mergeprobe_fast.merge_peft.run import look
-    from mergeprobe_fast.merge_peft.run import run as run_tier
+    from mergeprobe_fast.merge_peft.runs.run import look
+    from mergeprobe_fast.merge_peft.runs.run import run as run_tier
 
     started = time.perf_counter()
     tier = _tier(options)
@@ -131,7 +131,7 @@ def _check_libraries() -> None:
 
 
 def _tier(options: argparse.Namespace) -> Any:
-    from mergeprobe_fast.merge_peft import full, tiers
+    from mergeprobe_fast.merge_peft.tiers import full, sizes
 
     if options.tier == "full":
         if options.data is None:
@@ -139,7 +139,7 @@ def _tier(options: argparse.Namespace) -> Any:
         return full.tier(options.data, options.base, options.seed)
     if options.data is not None:
         raise InputError("only tier full reads data sets", key="--data")
-    return tiers.tier(options.tier, seed=options.seed)
+    return sizes.tier(options.tier, seed=options.seed)
 
 
 class _Told:
@@ -203,7 +203,7 @@ def _show_plan(tier: Any, plan: Any, shown: Any) -> None:
 
 def _show_result(result: Any, shown: Any) -> None:
     from mergeprobe_fast.io import strict_json
-    from mergeprobe_fast.merge_peft.report import terminal_table
+    from mergeprobe_fast.merge_peft.report.report import terminal_table
 
     summary = strict_json.read(result.out / "summary.json")
     if shown is None:

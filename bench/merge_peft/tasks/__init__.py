@@ -3,7 +3,6 @@
 from mergeprobe_fast.merge_peft.tasks.build import DOMAINS, TASKS, build
 from mergeprobe_fast.merge_peft.tasks.check import candidate, check, check_many
 from mergeprobe_fast.merge_peft.tasks.item import END_OF_TURN, KINDS, Item, Kind, chat, closed
-from mergeprobe_fast.merge_peft.tasks.local import read_local
 from mergeprobe_fast.merge_peft.tasks.words import SPLITS, Split
 
 __all__ = [
@@ -21,5 +20,4 @@ __all__ = [
     "check",
     "check_many",
     "closed",
-    "read_local",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merge_peft import sandbox
+from mergeprobe_fast.merge_peft.tasks import sandbox
 from mergeprobe_fast.merge_peft.tasks.item import Item, answer_of
 from mergeprobe_fast.merge_peft.tasks.math_items import same_result
 from mergeprobe_fast.merge_peft.tasks.safety_items import refuses

@@ -1,0 +1,1 @@
+"""Tables of labels, and the page of one run that shows them."""

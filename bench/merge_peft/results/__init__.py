@@ -1,0 +1,1 @@
+"""The results page of several runs, with its pictures."""

@@ -1,0 +1,1 @@
+"""Runs: planned, done by several processes, stopped and resumed, and made again."""

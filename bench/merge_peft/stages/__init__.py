@@ -1,0 +1,1 @@
+"""What a run does, each by itself: train, calibrate, evaluate, route."""

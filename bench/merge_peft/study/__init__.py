@@ -1,0 +1,1 @@
+"""How far what merging costs can be foretold, of labels and features."""

@@ -1,0 +1,1 @@
+"""What a run trains, merges and measures, declared; nothing is done here."""
