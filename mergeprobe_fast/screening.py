@@ -121,8 +121,20 @@ def adapter_features(
     """
     zoo = as_zoo(zoo)
     recorded = open_recorded(zoo, calibration, domains, probes, at)
-    chosen = select("default", recorded)
-    result = engine.run(zoo, [], threads=threads)
+    return adapter_table(zoo, recorded, threads=threads)
+
+
+def adapter_table(
+    zoo: Zoo,
+    recorded: Recorded,
+    features: str | Sequence[str] = "default",
+    *,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> AdapterTable:
+    """The same of an opened zoo, with what belongs to these features of pairs and no more."""
+    chosen = select(features, recorded)
+    result = engine.run(zoo, [], threads=threads, progress=progress)
     return _adapter_table(zoo, result, chosen, _families(zoo, chosen, recorded, threads))
 
 

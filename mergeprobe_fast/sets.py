@@ -62,7 +62,7 @@ def set_features(
     zoo = as_zoo(zoo)
     recorded = open_recorded(zoo, calibration, domains)
     chosen = select_sets(features, recorded)
-    index = _index(zoo, members, size)
+    index = member_sets(zoo, members, size)
     request = SetRequest(
         zoo, recorded, index, _weights(weights, index), _env.threads_or_default(threads), progress
     )
@@ -76,10 +76,13 @@ def set_features(
     return SetTable(zoo.names, index, columns, per_member)
 
 
-def _index(
-    zoo: Zoo, members: Iterable[Sequence[str | int]] | None, size: int | None
+def member_sets(
+    zoo: Zoo, members: Iterable[Sequence[str | int]] | None, size: int | None = None
 ) -> np.ndarray:
-    """(sets, widest) int32, -1 beyond a set."""
+    """Sets of a zoo's adapters by name or index as (sets, widest) int32, -1 beyond a set.
+
+    InputError: an unknown adapter, one twice in a set, an empty set, no sets.
+    """
     if members is None:
         return _every(len(zoo), size)
     if size is not None:

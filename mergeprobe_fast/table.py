@@ -146,3 +146,32 @@ class SetTable(Table):
         except KeyError:
             known = ", ".join(self._per_member)
             raise KeyError(f"no member value {name!r}; there are: {known}") from None
+
+
+class MergeTable(Table):
+    """One row per merge and member: ``merge`` (number), ``members`` (names joined by "+"),
+    ``method``, ``member``, ``weight``, then features.
+
+    Attributes:
+        names: the adapters, in the zoo's order.
+        sets: of each merge, the indices of its members.
+        level: "weights", "calibration" or "points": how much was known.
+    """
+
+    def __init__(
+        self, names: Sequence[str], members: np.ndarray, methods: Sequence[str],
+        weights: np.ndarray, features: Mapping[str, np.ndarray], level: str,
+    ) -> None:  # fmt: skip
+        self.names, self.level = list(names), level
+        self.sets = [tuple(int(i) for i in row if i >= 0) for row in members]
+        there = members >= 0
+        merge = np.nonzero(there)[0]
+        joined = np.array(["+".join(self.names[i] for i in row) for row in self.sets], object)
+        super().__init__({
+            "merge": merge,
+            "members": joined[merge],
+            "method": np.array(methods, object)[merge],
+            "member": np.array(self.names, object)[members[there]],
+            "weight": weights[there],
+            **{name: column[there] for name, column in features.items()},
+        })  # fmt: skip

@@ -20,7 +20,7 @@ FLOORS = (
     {"engine"},
     {"features", "merging", "record"},
     {"doctor", "integrations", "screening", "sets"},
-    {"merges"},
+    {"merge_tables", "merges"},
     {"predict"},
     {"planning"},
     {"merge_peft"},

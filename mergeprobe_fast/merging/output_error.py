@@ -136,7 +136,7 @@ def _of_module(
 ) -> Mapping[str, list[float]]:  # fmt: skip
     """One row of the table: ``v^T q v`` with q the Gram of outputs of the result and each W_j."""
     n = len(domains)
-    b, a, blocks = _stack(m, merged)
+    b, a, blocks = stack(m, merged)
     narrow_a = a.astype(np.float32)
     gram = b.T @ b
     mean = np.concatenate([[0.0], np.full(len(m), 1.0 / n)])
@@ -159,7 +159,7 @@ def _of_module(
     return table
 
 
-def _stack(
+def stack(
     m: ModuleFactors, merged: MergedModule | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[B_M, B_1, ...], [A_M; s_1 A_1; ...] in float64, and where each begins."""
