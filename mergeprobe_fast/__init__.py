@@ -18,19 +18,28 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "BackendError": "errors",
+    "Costs": "planning",
     "FEATURES": "features:PAIR_FEATURES",
     "InputError": "errors",
     "MERGE_METHODS": "merging",
+    "Merge": "merges",
     "MergeprobeError": "errors",
+    "Plan": "planning",
+    "RetentionPredictor": "predict",
     "Zoo": "zoo",
     "adapter_features": "screening",
+    "apply_plan": "planning.artefacts",
     "integrations": "integrations:",
+    "load_router": "io.router_file",
     "merge": "merging",
+    "merge_features": "merges",
     "merge_into": "merging",
     "open_calibration": "io.calibration",
     "open_zoo": "zoo",
     "ops": "ops:",
     "pair_features": "screening",
+    "plan": "planning",
+    "read_served": "planning.served",
     "record": "record:",
     "set_features": "sets",
 }
@@ -39,18 +48,27 @@ __all__ = [
     "FEATURES",
     "MERGE_METHODS",
     "BackendError",
+    "Costs",
     "InputError",
+    "Merge",
     "MergeprobeError",
+    "Plan",
+    "RetentionPredictor",
     "Zoo",
     "__version__",
     "adapter_features",
+    "apply_plan",
     "integrations",
+    "load_router",
     "merge",
+    "merge_features",
     "merge_into",
     "open_calibration",
     "open_zoo",
     "ops",
     "pair_features",
+    "plan",
+    "read_served",
     "record",
     "set_features",
 ]
@@ -60,7 +78,13 @@ if TYPE_CHECKING:
     from mergeprobe_fast.errors import BackendError, InputError, MergeprobeError
     from mergeprobe_fast.features import PAIR_FEATURES as FEATURES
     from mergeprobe_fast.io.calibration import open_calibration
+    from mergeprobe_fast.io.router_file import load_router
+    from mergeprobe_fast.merges import Merge, merge_features
     from mergeprobe_fast.merging import MERGE_METHODS, merge, merge_into
+    from mergeprobe_fast.planning import Costs, Plan, plan
+    from mergeprobe_fast.planning.artefacts import apply_plan
+    from mergeprobe_fast.planning.served import read_served
+    from mergeprobe_fast.predict import RetentionPredictor
     from mergeprobe_fast.screening import adapter_features, pair_features
     from mergeprobe_fast.sets import set_features
     from mergeprobe_fast.zoo import Zoo, open_zoo

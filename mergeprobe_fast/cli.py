@@ -14,7 +14,16 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import mergeprobe_fast
-from mergeprobe_fast.commands import calibrate, inspect, merge, merge_peft, screen
+from mergeprobe_fast.commands import (
+    calibrate,
+    evaluate,
+    fit,
+    inspect,
+    merge,
+    merge_peft,
+    plan,
+    screen,
+)
 from mergeprobe_fast.commands._common import BAD, complain
 from mergeprobe_fast.errors import MergeprobeError
 
@@ -129,6 +138,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         return sub
 
-    for part in (screen, merge, calibrate, inspect, merge_peft):
+    for part in (screen, plan, merge, calibrate, inspect, fit, evaluate, merge_peft):
         part.add(command)
     return parser

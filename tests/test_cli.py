@@ -42,7 +42,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(run, zoo, command, how, mo
 
 USAGE = {
     "no command": ((), "COMMAND"),
-    "unknown command": (("plan",), "'plan'"),
+    "unknown command": (("plann",), "'plann'"),
     "no --out": (("screen", "zoo"), "--out"),
     "unknown option": (("screen", "zoo", "--out", "o", "--fast"), "--fast"),
     "no adapter": (("merge", "--out", "o"), "ADAPTER"),

@@ -69,6 +69,15 @@ def sketch_bound(d_in: int, d_out: int = 0) -> float:
 
 
 TOLERANCES = {
+    "prototype": Tolerance(
+        5e-7, "of a unit vector from float64 canonical factors (gap 2 or more), rounded to float32 "
+        "twice: 2 u32 = 1.2e-7; factors that were moved and rounded again, kappa = 5, add "
+        "kappa sqrt(r) u32 = 6e-7 times sigma_2 / sigma_1 < 1/2", "the first row of A",
+    ),
+    "power iteration": Tolerance(
+        1e-5, "15 steps of PEFT's in float32, sigma_2 / sigma_1 = 0.3: 0.09^15 of the start, and "
+        "sqrt(d) u32 over a gap of 0.9 a step; measured 3e-7", "the second singular vector",
+    ),
     "cosine": Tolerance(
         5e-7, "the project's promise for float32 accumulation; measured 2e-9 at N = 200",
         "the R x R Grams kept in bf16 (2e-4, CATALOGUE 10)",

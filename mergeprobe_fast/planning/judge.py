@@ -1,0 +1,204 @@
+"""The judge of a real zoo: closed-form columns of merges, and a predictor of retention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mergeprobe_fast.merges import MergeTables, best_weights
+from mergeprobe_fast.merging import MERGE_METHODS, merge
+from mergeprobe_fast.planning.judging import Judged, padded
+from mergeprobe_fast.zoo import Zoo
+
+if TYPE_CHECKING:
+    from mergeprobe_fast.merging.adapter import MergedAdapter
+    from mergeprobe_fast.predict import Prediction, RetentionPredictor
+
+# Weights that each action may take; of every set, those that leave most to the worst member.
+WEIGHTS = {"merge": ("one", "mean"), "reweight": ("minimax", "reweighted")}
+METHODS = {"merge": "linear", "reweight": "linear", "prune": "prune", "regmean": "regmean"}
+_FOUND_BY_INPUTS = ("reweight", "prune", "regmean")
+_AT_ONCE = 16  # merges whose factors are held at once
+
+
+class PredictorJudge:
+    """Judges sets of the adapters of a zoo.
+
+    Args:
+        tables: of :func:`mergeprobe_fast.merges.merge_tables`.
+        predictor: of retention.
+        early: the adapters are snapshots of unfinished training; then weights and merges that
+            would have to be fitted to them are not available.
+    """
+
+    def __init__(
+        self, tables: MergeTables, predictor: RetentionPredictor, *, early: bool = False
+    ) -> None:
+        self.tables, self.predictor, self.early = tables, predictor, early
+        calibration = tables.recorded.calibration
+        self._base: dict[str, Any] = {"base": tables.zoo.base_model}
+        if calibration is not None:
+            self._base = {"base": tables.zoo.base_model or calibration.base_model,
+                          "fingerprint": getattr(calibration, "config_sha256", None)}  # fmt: skip
+        self.unavailable: dict[str, str] = {}
+        for action in _FOUND_BY_INPUTS:
+            if calibration is None:
+                self.unavailable[action] = "a calibration"
+            elif early:
+                self.unavailable[action] = "finished adapters"
+            elif METHODS[action] not in MERGE_METHODS:
+                self.unavailable[action] = f"a merge method that does it ({METHODS[action]})"
+        # What answers here, and how sure it is of itself, is the same for all sets.
+        first = np.array([[0, min(1, len(tables.zoo) - 1)]], np.int32)
+        said = self._predict(tables.features(first, np.ones((1, 2))))
+        self.level, self.calibrated, self.reason = said.level, said.calibrated, said.reason
+        self.coverage = float(said.coverage) if np.isfinite(said.coverage) else None
+
+    def judge(self, members: np.ndarray, action: str) -> Judged:
+        """What ``action`` would leave of the members of sets, (sets, widest)."""
+        if action in WEIGHTS:
+            return _better([self._weighted(members, name) for name in WEIGHTS[action]], members)
+        return self._merged(members, action)
+
+    def _weighted(self, members: np.ndarray, name: str) -> Judged:
+        there = members >= 0
+        if name in ("one", "mean"):
+            size = there.sum(axis=1, keepdims=True) if name == "mean" else 1
+            weights = np.where(there, 1.0 / size, np.nan)
+        else:
+            weights = np.where(there, best_weights(self.tables, members, name), np.nan)
+        # A member that is zero on its own inputs has no best weights: nothing is known then.
+        known = (np.isfinite(weights) | ~there).all(axis=1, keepdims=True)
+        columns = self.tables.features(members, np.nan_to_num(weights))
+        columns = {n: np.where(known, values, np.nan) for n, values in columns.items()}
+        return self._judged(columns, weights)
+
+    def _merged(self, members: np.ndarray, action: str) -> Judged:
+        parts = []
+        for at in range(0, len(members), _AT_ONCE):
+            sets = [row[row >= 0].tolist() for row in members[at : at + _AT_ONCE]]
+            columns = self.tables.of_merged([(own, self._run(own, action)) for own in sets])
+            wide = {n: _widened(v, members.shape[1]) for n, v in columns.items()}
+            parts.append(self._judged(wide, np.full((len(sets), members.shape[1]), np.nan)))
+        return Judged(*(np.concatenate([getattr(p, f) for p in parts]) for f in _FIELDS))
+
+    def _run(self, members: Sequence[int], action: str) -> MergedAdapter:
+        recorded = self.tables.recorded
+        zoo = Zoo([self.tables.zoo[i] for i in members], same_base=True)
+        return merge(
+            zoo, METHODS[action], dtype="F32", calibration=recorded.calibration,
+            domains=[recorded.domains[i] for i in members], threads=self.tables.threads,
+        )  # fmt: skip
+
+    def _judged(self, columns: dict[str, np.ndarray], weights: np.ndarray) -> Judged:
+        said = self._predict(columns)
+        return Judged(said.retention, said.low, said.high, said.outside, weights)
+
+    def _predict(self, columns: dict[str, np.ndarray]) -> Prediction:
+        return self.predictor.predict(columns, early=self.early, **self._base)
+
+
+_FIELDS = ("retention", "low", "high", "outside", "weights")
+
+
+def _better(both: Sequence[Judged], members: np.ndarray) -> Judged:
+    """Of every set the one that leaves most to the worst member; the first of equals."""
+    there = members >= 0
+
+    def rank(j: Judged) -> tuple[np.ndarray, np.ndarray]:
+        known = np.where(there, np.isfinite(j.retention) & ~j.outside, True).all(axis=1)
+        kept = np.where(there, np.nan_to_num(j.retention, nan=-np.inf), np.inf)
+        return known, kept.min(axis=1)
+
+    out = both[0]
+    for other in both[1:]:
+        (known, worst), (too, its) = rank(out), rank(other)
+        takes = (too & ~known) | ((too == known) & (its > worst))
+        fields = (np.where(takes[:, None], getattr(other, f), getattr(out, f)) for f in _FIELDS)
+        out = Judged(*fields)
+    return out
+
+
+def _widened(values: np.ndarray, widest: int) -> np.ndarray:
+    out = np.full((len(values), widest), np.nan)
+    out[:, : values.shape[1]] = values
+    return out
+
+
+def open_judge(
+    zoo: Zoo,
+    recorded: Any,
+    predictor: RetentionPredictor,
+    *,
+    early: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> PredictorJudge:
+    """Read a zoo once and be ready to judge it; ``progress`` counts modules."""
+    from mergeprobe_fast.merges import merge_tables
+
+    tables = merge_tables(zoo, recorded, threads=threads, progress=progress)
+    return PredictorJudge(tables, predictor, early=early)
+
+
+class ErrorJudge:
+    """Retention taken to be 1 - e_i, the closed-form errors of CATALOGUE section 5; no predictor.
+
+    E6 of the plain merge, E7 and E8 of weights, E9 of pruned atoms, and RegMean's, of the zoo and
+    calibration of ``recorded``, which is needed. What the deterministic rule looks at.
+    """
+
+    level, calibrated, coverage = "calibration", False, None
+
+    def __init__(self, tables: MergeTables) -> None:
+        from mergeprobe_fast.errors import InputError
+
+        if tables.recorded.calibration is None:
+            raise InputError("the errors of merges need one", key="calibration")
+        self.tables, self.unavailable = tables, {}
+
+    def judge(self, members: np.ndarray, action: str) -> Judged:
+        """``1 - e_i`` of the members of sets."""
+        if action in WEIGHTS:
+            return _better([self._weighted(members, n) for n in WEIGHTS[action]], members)
+        name = "pruned_retention" if action == "prune" else "regmean_retention"
+        group = "pruned_retention_worst" if action == "prune" else "regmean_retention_worst"
+        nothing = np.full(members.shape, np.nan)
+        return self._judged(self._table(members, group).per_member(name), nothing)
+
+    def leverage(self, members: Sequence[int]) -> np.ndarray:
+        """How much of each member is a linear combination of the others, (members,)."""
+        table = self._table(padded([tuple(members)]), "leverage_max")
+        return table.per_member("leverage")[0]
+
+    def _weighted(self, members: np.ndarray, name: str) -> Judged:
+        from mergeprobe_fast.engine.sets import set_statistics
+
+        there = members >= 0
+        if name in ("one", "mean"):
+            size = there.sum(axis=1, keepdims=True) if name == "mean" else 1
+            weights = np.where(there, 1.0 / size, np.nan)
+        else:
+            weights = np.where(there, best_weights(self.tables, members, name), np.nan)
+        error = set_statistics(
+            self.tables.totals, members, np.nan_to_num(weights), self.tables.domain_of,
+            which=["retention"], threads=self.tables.threads,
+        )["error"]  # fmt: skip
+        known = (np.isfinite(weights) | ~there).all(axis=1, keepdims=True)
+        return self._judged(np.where(known, 1 - error, np.nan), weights)
+
+    def _table(self, members: np.ndarray, feature: str) -> Any:
+        from mergeprobe_fast.sets import set_features
+
+        recorded = self.tables.recorded
+        return set_features(
+            self.tables.zoo, [row[row >= 0].tolist() for row in members], features=[feature],
+            calibration=recorded.calibration, domains=list(recorded.domains),
+            threads=self.tables.threads,
+        )  # fmt: skip
+
+    def _judged(self, retention: np.ndarray, weights: np.ndarray) -> Judged:
+        none = np.full(retention.shape, np.nan)
+        return Judged(retention, none, none, np.zeros(retention.shape, bool), weights)

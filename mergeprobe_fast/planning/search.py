@@ -1,0 +1,323 @@
+"""A good partition of a large zoo: from the bottom up, from the top down, then local moves.
+
+Nothing here takes a set to be worse than its subsets: every set that is chosen was judged itself.
+What pairs do to each other only decides which sets are looked at first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import numpy as np
+
+from mergeprobe_fast.planning.book import Book, Exhausted, Set
+from mergeprobe_fast.planning.costs import NEVER
+
+_PARTNERS = 8  # groups that are tried as partners of each
+_AT_ONCE = 8  # one in so many groups is merged in one step from the bottom up
+_SWAPS = 2  # exchanges that are tried, for each adapter
+_KICKS = 10  # in a row that did not help, until it is good enough
+_LEAVE = 12  # one in so many members leaves a set that is not allowed
+
+Change = tuple[tuple[Set, ...], tuple[Set, ...]]  # groups, and what they become
+
+
+class Search:
+    """Partitions of ``count`` adapters, better and better; all that is known is in the book.
+
+    ``improved(groups)`` is called with every better one.
+    """
+
+    def __init__(self, book: Book, count: int, improved: Callable[[list[Set]], None]) -> None:
+        self.book, self.count = book, count
+        self._improved = improved
+        self.done = False  # the book allows no more
+        self._ask(list(combinations(range(count), 2)))
+        self._harm = book.harm()
+        # Both ways: what two adapters cost each other.
+        self._between = self._harm + self._harm.T
+
+    def best(self, start: Sequence[Set] = ()) -> list[Set]:
+        """The cheapest partition found with the cheap actions, from a ``start`` or from nothing.
+
+        Groups of ``start`` that are not allowed are taken apart.
+        """
+        alone: list[Set] = [(i,) for i in range(self.count)]
+        self._improved(alone)
+        found = alone
+        price = self.book.price
+        apart = [p for g in start for p in ([g] if price(g) < NEVER else _singles(g))]
+        starts = [self._from_the_top, self._from_the_bottom] if not start else [lambda _: apart]
+        for begin in starts:
+            if self.proven(found):
+                break
+            groups = self._local(begin(alone))
+            if self.book.total(groups) < self.book.total(found):
+                found = groups
+                self._improved(found)
+        if not start:
+            found = self._kicked(found)
+        return sorted(found)
+
+    def _kicked(self, found: list[Set]) -> list[Set]:
+        """Take some groups apart at random, improve again, and keep what is better."""
+        random = np.random.default_rng(0)
+        failed = 0
+        while failed < _KICKS and len(found) > 1 and not self.done and not self.proven(found):
+            apart = set(random.choice(len(found), min(3, len(found)), replace=False).tolist())
+            groups = [p for k, g in enumerate(found) for p in (_singles(g) if k in apart else [g])]
+            groups = self._local(groups)
+            failed += 1
+            if self.book.total(groups) < self.book.total(found):
+                found, failed = groups, 0
+                self._improved(found)
+        return found
+
+    def proven(self, groups: Sequence[Set]) -> bool:
+        """Whether nothing can cost less: one adapter answers all, and nothing is lost."""
+        return self.book.total(groups) == self.book.least(self.count)
+
+    def with_costly(self, groups: list[Set]) -> list[Set]:
+        """The same or better, by what the costly actions can do; as far as the book allows."""
+        actions = self.book.costly
+        self.done = False
+        if not actions or self.proven(groups):
+            return groups
+        top, rest = [], tuple(range(self.count))
+        while len(rest) > 1 and self.book.costly_left > 0:
+            kept = self._largest(rest, actions)
+            if kept is None:
+                break
+            top.append(kept)
+            rest = _without(rest, kept)
+        left = [tuple(i for i in g if i in rest) for g in groups]
+        left = [g for g in left if g]
+        self.done = False
+        self._ask(left)
+        price = self.book.price
+        left = [p for g in left for p in ([g] if price(g) < NEVER else _singles(g))]
+        found = min(groups, [*top, *left], key=self.book.total)
+        self.done = False
+        while not self.done and self._step(
+            found, self._unions(found, 2), most=1, actions=actions, each=True
+        ):
+            self._improved(found)
+        for g in sorted(found, key=len, reverse=True):
+            self.done = False
+            self._ask([g], actions)
+        return sorted(found)
+
+    # -- where to start -------------------------------------------------------------------------
+
+    def _from_the_bottom(self, groups: Sequence[Set]) -> list[Set]:
+        """Unite the groups that save most, some at a time."""
+        found = list(groups)
+        while not self.done and self._step(
+            found, self._unions(found), most=max(1, len(found) // _AT_ONCE)
+        ):
+            pass
+        return found
+
+    def _from_the_top(self, groups: Sequence[Set]) -> list[Set]:
+        """Take the largest set that is allowed, then the largest of the rest."""
+        found, rest = [], tuple(range(self.count))
+        while len(rest) > 1 and not self.done:
+            kept = self._largest(rest, self.book.cheap)
+            if kept is None:
+                break
+            found.append(kept)
+            rest = _without(rest, kept)
+        return found + _singles(rest)
+
+    def _largest(self, members: Set, actions: Sequence[str]) -> Set | None:
+        """A large allowed subset: those leave first who lose most and who take most from others."""
+        while len(members) > 1:
+            self._ask([members], actions)
+            if self.book.price(members) < NEVER:
+                return members
+            verdict = self.book.closest(members)
+            if verdict is None:
+                return None
+            at = np.array(members)
+            kept = verdict.low if self.book.costs.floor_on == "low" else verdict.retention
+            short = np.clip(self.book.costs.floor - kept, 0.0, None)
+            short = np.where(verdict.outside | np.isnan(short), 1.0, short)
+            blame = (self._harm[np.ix_(at, at)] * short[:, None]).sum(axis=0)
+            score = short + blame
+            leave = np.argsort(-score, kind="stable")[: max(1, len(members) // _LEAVE)]
+            members = tuple(np.delete(at, leave).tolist())
+        return None
+
+    # -- moves ----------------------------------------------------------------------------------
+
+    def _local(self, groups: list[Set]) -> list[Set]:
+        """Moves of members, unions, exchanges, splits and dissolved groups, while any helps."""
+        kinds = (self._moves, self._unions, self._swaps, self._splits)
+        better = True
+        while better and not self.done:
+            better = False
+            for kind in kinds:
+                while not self.done and self._step(groups, kind(groups)):
+                    better = True
+            better |= self._dissolve(groups)
+        return groups
+
+    def _step(
+        self, groups: list[Set], changes: Sequence[Change], most: int | None = None,
+        actions: Sequence[str] | None = None, each: bool = False,
+    ) -> bool:  # fmt: skip
+        """Make the changes that save most and do not touch the same groups; whether any was made.
+
+        ``each``: one after the other, the first that saves anything.
+        """
+        if not each:
+            self._ask([s for _, new in changes for s in new], actions)
+        used: set[Set] = set()
+        made = 0
+        for number, (saved, (old, new)) in enumerate(self._ranked(changes, each)):
+            if each:
+                if self.done:
+                    break
+                self._ask(new, actions)
+                saved = self._saved(changes[number])
+            if saved <= 0 or used.intersection(old):
+                continue
+            used.update(old)
+            for g in old:
+                groups.remove(g)
+            groups.extend(new)
+            made += 1
+            if made == most:
+                break
+        groups.sort()
+        return made > 0
+
+    def _ranked(self, changes: Sequence[Change], as_given: bool) -> list[tuple[int, Change]]:
+        if as_given:
+            return [(0, change) for change in changes]
+        priced = [(self._saved(change), change) for change in changes]
+        return sorted(priced, key=lambda row: (-row[0], row[1]))
+
+    def _saved(self, change: Change) -> int:
+        old, new = change
+        return self.book.total(old) - self.book.total(new)
+
+    def _ask(self, sets: Sequence[Set], actions: Sequence[str] | None = None) -> None:
+        try:
+            self.book.ask(sets, actions)
+        except Exhausted:
+            self.done = True
+
+    def _unions(self, groups: Sequence[Set], partners: int = _PARTNERS) -> list[Change]:
+        """Each group with those that it harms, and that harm it, least per member."""
+        if len(groups) < 2:
+            return []
+        size = np.array([len(g) for g in groups])
+        cost = _sums(_sums(self._between, groups).T, groups) / (size[:, None] + size)
+        np.fill_diagonal(cost, np.inf)
+        order = np.argsort(cost, axis=1, kind="stable")[:, : min(partners, len(groups) - 1)]
+        pairs = {tuple(sorted((g, int(h)))) for g, row in enumerate(order) for h in row}
+        ranked = sorted(pairs, key=lambda p: (cost[p], p))
+        return [((groups[g], groups[h]), (_union(groups[g], groups[h]),)) for g, h in ranked]
+
+    def _moves(self, groups: Sequence[Set]) -> list[Change]:
+        """Each member to the groups where it does least harm, or to none."""
+        size = np.array([len(g) for g in groups])
+        cost = _sums(self._between, groups) / (size + 1)
+        order = np.argsort(cost, axis=1, kind="stable")
+        changes: list[Change] = []
+        for g, own in enumerate(groups):
+            for i in own if len(own) > 1 else ():
+                left = _without(own, (i,))
+                changes.append(((own,), (left, (i,))))
+                for h in [int(h) for h in order[i] if h != g][:_PARTNERS]:
+                    changes.append(((own, groups[h]), (left, _union(groups[h], (i,)))))
+        return changes
+
+    def _swaps(self, groups: Sequence[Set]) -> list[Change]:
+        """Exchanges of two members that spare most, by what pairs do to each other."""
+        if len(groups) < 2:
+            return []
+        of = np.empty(self.count, np.int64)
+        for g, own in enumerate(groups):
+            of[list(own)] = g
+        size = np.array([len(g) for g in groups])
+        there = _sums(self._between, groups)
+        now = there[np.arange(self.count), of]
+        # i in the place of j: what i meets there without j.
+        cost = there[:, of] - self._between - now[:, None]
+        cost = cost + cost.T
+        i, j = np.triu_indices(self.count, 1)
+        apart = (of[i] != of[j]) & ((size[of[i]] > 1) | (size[of[j]] > 1))
+        i, j = i[apart], j[apart]
+        order = np.argsort(cost[i, j], kind="stable")[: _SWAPS * self.count]
+        changes: list[Change] = []
+        for a, b in zip(i[order].tolist(), j[order].tolist(), strict=True):
+            g, h = groups[of[a]], groups[of[b]]
+            new = _union(_without(g, (a,)), (b,)), _union(_without(h, (b,)), (a,))
+            changes.append(((g, h), new))
+        return changes
+
+    def _splits(self, groups: Sequence[Set]) -> list[Change]:
+        """Each group in two, around the two members that harm each other most."""
+        changes: list[Change] = []
+        for own in groups:
+            if len(own) < 3:  # a member that leaves two is a move
+                continue
+            at = np.array(own)
+            between = self._between[np.ix_(at, at)]
+            one, other = np.unravel_index(int(between.argmax()), between.shape)
+            nearer = between[:, one] <= between[:, other]
+            nearer[one], nearer[other] = True, False
+            parts = tuple(at[nearer].tolist()), tuple(at[~nearer].tolist())
+            changes.append(((own,), parts))
+        return changes
+
+    def _dissolve(self, groups: list[Set]) -> bool:
+        """Give the members of a group to the others, one after the other; small groups first.
+
+        A group fewer is what saves most, and no single move on the way to it saves anything.
+        """
+        better = False
+        for own in sorted(groups, key=lambda g: (len(g), g)):
+            if own not in groups or self.done or len(groups) < 2:
+                continue
+            others = [g for g in groups if g != own]
+            before = self.book.total(groups)
+            for i in own:
+                size = np.array([len(g) for g in others])
+                cost = _sums(self._between[[i]], others)[0] / (size + 1)
+                tried = np.argsort(cost, kind="stable")[:_PARTNERS].tolist()
+                unions = [_union(others[h], (i,)) for h in tried]
+                self._ask(unions)
+                added = [self.book.price(u) - self.book.price(others[h])
+                         for u, h in zip(unions, tried, strict=True)]  # fmt: skip
+                least = int(np.argmin(added))
+                if added[least] < self.book.price((i,)):
+                    others[tried[least]] = unions[least]
+                else:
+                    others.append((i,))
+            if self.book.total(others) < before:
+                groups[:] = sorted(others)
+                better = True
+        return better
+
+
+def _sums(rows: np.ndarray, groups: Sequence[Set]) -> np.ndarray:
+    """(…, groups): sums of the columns of each group; the same on any number of threads."""
+    order = [i for g in groups for i in g]
+    starts = np.cumsum([0, *map(len, groups[:-1])])
+    return np.add.reduceat(rows[:, order], starts, axis=1)
+
+
+def _union(one: Set, other: Set) -> Set:
+    return tuple(sorted((*one, *other)))
+
+
+def _without(members: Set, gone: Set) -> Set:
+    return tuple(i for i in members if i not in gone)
+
+
+def _singles(members: Set) -> list[Set]:
+    return [(i,) for i in members]
