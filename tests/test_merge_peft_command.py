@@ -85,12 +85,12 @@ def test_interrupted_it_says_how_to_go_on(tmp_path, base, capsys, monkeypatch):
 
 def test_what_was_refused_is_told(tmp_path, base, capsys, monkeypatch):
     from mergeprobe_fast.errors import InputError
-    from mergeprobe_fast.merge_peft.runs import work
+    from mergeprobe_fast.merge_peft.stages import combine
 
     def refuse(*given: Any, **more: Any) -> Any:
         raise InputError("not today", key="method")
 
-    monkeypatch.setattr(work, "merge", refuse)
+    monkeypatch.setattr(combine, "merge", refuse)
     ran = runner(capsys)(*words(base, tmp_path / "run", "--only", KEY, "regmean-4(math-a+case-a)"))
     assert ran.err.count("refused: ") == 2 and f"{KEY}: method: not today" in ran.err
 

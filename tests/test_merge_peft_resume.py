@@ -22,11 +22,10 @@ from tiny_tier import make_adapter_plan, make_base_folder, make_tier  # noqa: E4
 import mergeprobe_fast as mpf  # noqa: E402
 from mergeprobe_fast.merge_peft.outcome.journal import JOURNAL_NAME, read_journal  # noqa: E402
 from mergeprobe_fast.merge_peft.runs import exams as exams_module  # noqa: E402
-from mergeprobe_fast.merge_peft.runs import work  # noqa: E402
 from mergeprobe_fast.merge_peft.runs.exams import check_exams  # noqa: E402
 from mergeprobe_fast.merge_peft.runs.run import look, run  # noqa: E402
 from mergeprobe_fast.merge_peft.runs.units import STAGES  # noqa: E402
-from mergeprobe_fast.merge_peft.stages import routers  # noqa: E402
+from mergeprobe_fast.merge_peft.stages import combine, routers  # noqa: E402
 from mergeprobe_fast.merge_peft.tasks.item import Item  # noqa: E402
 from mergeprobe_fast.merge_peft.tiers.plan import Exam, Operator, Tier  # noqa: E402
 
@@ -218,7 +217,7 @@ def test_only_leftovers_of_ours_are_removed(tmp_path, base, trained):
 def test_a_merge_whose_algebra_fails_is_noted_and_the_others_go_on(
     tmp_path, base, trained, monkeypatch
 ):
-    out, plain = copied(trained, tmp_path / "run"), work.merge
+    out, plain = copied(trained, tmp_path / "run"), combine.merge
     tier = replace(make_tier("sum", "mean", gradients=False), crossed=())
 
     def failing(zoo: Any, method: str, weights: list[float], *rest: Any, **named: Any) -> Any:
@@ -226,12 +225,12 @@ def test_a_merge_whose_algebra_fails_is_noted_and_the_others_go_on(
             raise np.linalg.LinAlgError("SVD did not converge")
         return plain(zoo, method, weights, *rest, **named)
 
-    monkeypatch.setattr(work, "merge", failing)
+    monkeypatch.setattr(combine, "merge", failing)
     found = run(tier, out, base=base, jobs=1, until="merges")
     assert {*found.failed} == {key for key in tier.merges if key.startswith("mean")}
     assert {*found.failed.values()} == {"LinAlgError: SVD did not converge"}
     assert {*read_journal(out).merged} == {key for key in tier.merges if key.startswith("sum")}
-    monkeypatch.setattr(work, "merge", plain)
+    monkeypatch.setattr(combine, "merge", plain)
     again = run(tier, out, base=base, jobs=1, until="merges")
     assert again.plan.count("merges") == len(found.failed) and not again.failed
     assert sum(look(tier, out).count(stage) for stage in STAGES) == 0

@@ -32,7 +32,7 @@ from mergeprobe_fast.merge_peft.outcome.journal import JOURNAL_NAME, Journal, re
 from mergeprobe_fast.merge_peft.outcome.labels import read_labels  # noqa: E402
 from mergeprobe_fast.merge_peft.runs import work  # noqa: E402
 from mergeprobe_fast.merge_peft.runs.run import look, run  # noqa: E402
-from mergeprobe_fast.merge_peft.runs.units import STAGES  # noqa: E402
+from mergeprobe_fast.merge_peft.runs.units import FEATURES, STAGES  # noqa: E402
 from mergeprobe_fast.merge_peft.stages.evaluate import Evaluation  # noqa: E402
 from mergeprobe_fast.merge_peft.tiers.plan import Exam, MergePlan, single_key  # noqa: E402
 
@@ -107,7 +107,7 @@ def test_a_run_leaves_what_it_says(whole):
     assert {(r["operator"], tuple(r["members"]), r["member"]) for r in merged} == {
         (m.operator, m.members, name) for m in tier.merges.values() for name in m.members
     }  # fmt: skip
-    for name in ("features.parquet", "summary.json", "report.html"):
+    for name in ("features.parquet", "merge-features.parquet", "summary.json", "report.html"):
         assert (whole / name).stat().st_size > 0
     assert (whole / "calibration" / "6" / "points.json").is_file()
     assert not list(whole.rglob(".*"))
@@ -323,7 +323,9 @@ def test_the_plan_says_what_is_left_and_progress_adds_up_to_it(tmp_path, whole, 
     for stage in STAGES:
         done = sum(seconds for name, seconds in told if name == stage)
         assert done == pytest.approx(plans[0].seconds(stage))
-    assert look(tier, out).seconds() == 0
+    left = look(tier, out)
+    assert sum(left.seconds(stage) for stage in STAGES) == 0
+    assert left.count(FEATURES) == len(tier.merges) and left.seconds() == left.seconds(FEATURES) > 0
     only = look(tier, tmp_path / "new", only=["sum(math-a+case-a)"])
     assert [only.count(stage) for stage in STAGES] == [2, 0, 4, 0, 0, 1]
 

@@ -27,6 +27,7 @@ _NEEDS = ("torch", "transformers", "peft")
 _STAGES = {
     "train": "train adapters", "calibrate": "calibrate", "singles": "measure base and adapters",
     "crossed": "measure adapters on other exams", "routers": "route", "merges": "merge and measure",
+    "features": "describe merges",
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def write_features(run_dir: Path, tier: Tier) -> Path:
     path = run_dir / NAME
     with AtomicFile(path, overwrite=True) as partial:
         pq.write_table(table, partial, compression="zstd", compression_level=12,
-                       **_encodings(table))  # fmt: skip
+                       **encodings(table))  # fmt: skip
     return path
 
 
@@ -83,7 +83,7 @@ def _phases(
     run_dir: Path, tier: Tier, names: Sequence[str]
 ) -> tuple[list[_Phase], dict[str, dict[str, int]]]:
     """What is said at each time of training, and how many snapshots are left out."""
-    calibration = _largest(run_dir / "calibration")
+    calibration = largest_calibration(run_dir / "calibration")
     domains = {name: tier.adapters[name].exam for name in names}
     zoo = Zoo([open_adapter(run_dir / "adapters" / name, name=name) for name in names])
     trained = open_recorded(zoo, calibration, domains if calibration else None)
@@ -92,7 +92,7 @@ def _phases(
     if (run_dir / "probes").is_dir():
         probes = find_probes(run_dir / "probes")
         for fraction in FRACTIONS:
-            chosen, omitted[phase(fraction)] = _snapshots(probes, names, fraction)
+            chosen, omitted[phase(fraction)] = snapshots_at(probes, names, fraction)
             if chosen:
                 # The points of a calibration are of trained weights, which nobody knows so early.
                 early = Recorded(
@@ -104,10 +104,11 @@ def _phases(
     return phases, omitted
 
 
-def _encodings(table: pa.Table) -> dict[str, Any]:
+def encodings(table: pa.Table) -> dict[str, Any]:
     """What makes floats small: a dictionary of an adapter's few, else bytes of a kind together."""
     few = [n for n in table.column_names
-           if n in KEYS or pc.count_distinct(table[n]).as_py() < table.num_rows / 4]  # fmt: skip
+           if table[n].type == pa.string()
+           or pc.count_distinct(table[n]).as_py() < table.num_rows / 4]  # fmt: skip
     rest = {n: "BYTE_STREAM_SPLIT" for n in table.column_names if n not in set(few)}
     return {"use_dictionary": few, "column_encoding": rest or None}
 
@@ -133,13 +134,13 @@ def _pairs(labels: Path, tier: Tier) -> list[tuple[str, str]]:
     return sorted({pair for members in merged for pair in permutations(members, 2)})
 
 
-def _largest(folder: Path) -> Path | None:
+def largest_calibration(folder: Path) -> Path | None:
     """The calibration of the most sequences, if there is any."""
     sizes = [int(p.name) for p in folder.glob("*") if p.name.isdecimal()]
     return folder / str(max(sizes)) if sizes else None
 
 
-def _snapshots(probes: Probes, names: Sequence[str], fraction: float):
+def snapshots_at(probes: Probes, names: Sequence[str], fraction: float):
     """The snapshot of each adapter that has one of enough steps, and how many do not, by reason."""
     chosen, omitted = {}, {"missing": 0, "too_early": 0}
     for name in names:

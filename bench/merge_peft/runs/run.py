@@ -6,7 +6,8 @@ Its folder has
 - adapters/NAME/: PEFT folders, and probes/NAME/ of their training,
 - texts/EXAM.jsonl and calibration/N/: what operators may learn from, N texts of each exam,
 - routing/EXAM.npz: what routers see of the prompts,
-- labels.parquet, features.parquet, summary.json, report.html: written at the end of every run.
+- labels.parquet, features.parquet, merge-features.parquet, summary.json, report.html: written at
+  the end of every run.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ from ..model import linear
 from ..model.base import Base, load_base
 from ..outcome.journal import JOURNAL_NAME, Journal, check_run, open_journal, read_journal
 from ..stages import calibrations, routers
+from ..stages.combine import adapter_folder
 from ..stages.train import train
 from ..tasks.item import Item
 from ..tiers.plan import Tier, single_key
 from .exams import check_exams, write_exams
-from .units import STAGES, RunPlan, plan_run
-from .work import Unit, adapter_folder
+from .units import FEATURES, STAGES, RunPlan, plan_run
+from .work import Unit
 from .workers import Source, Workers, open_workers
 
 # Called with the stage, what was finished, and its share of ``RunPlan.seconds()``.
 Progress = Callable[[str, str, float], None]
 _FOLDERS = ("adapters", "probes", "calibration", "texts", "routing")
-_FILES = (JOURNAL_NAME, "labels.parquet", "features.parquet", "summary.json", "report.html")
+_FILES = (JOURNAL_NAME, "labels.parquet", "features.parquet", "merge-features.parquet",
+          "summary.json", "report.html")  # fmt: skip
 _LIBRARIES = ("mergeprobe-fast", "numpy", "torch", "transformers", "peft")
 
 
@@ -97,14 +100,14 @@ def run(
         _remove_leftovers(out)
         write_exams(tier, journal, test)
         _check_trained(tier, journal, loaded, out)
-        plan = _plan(tier, journal, test, out, loaded)
+        plan = _plan(tier, journal, test, out, loaded, files=until is None)
         if announce is not None:
             announce(plan)
         _Run(tier, out, loaded, (base, device), journal, plan, jobs, tell).until(until)
         failed = {key: line["reason"] for key, line in journal.failed.items()}
         if until is not None:
             return RunResult(out, tier, plan, failed)
-        labels = _write_files(tier, out)
+        labels = _write_files(tier, out, plan, jobs, tell)
     return RunResult(out, tier, plan, failed, labels)
 
 
@@ -119,7 +122,7 @@ def look(tier: Tier, out: str | os.PathLike[str], only: Sequence[str] | None = N
     journal = read_journal(out) if (Path(out) / JOURNAL_NAME).is_file() else None
     if journal is not None:
         check_run(journal, _declared(tier, only))
-    return _plan(tier, journal, check_exams(tier), Path(out), None)
+    return _plan(tier, journal, check_exams(tier), Path(out), None, files=True)
 
 
 class _Run:
@@ -205,15 +208,23 @@ def _declared(tier: Tier, only: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _plan(
-    tier: Tier, journal: Journal | None, test: dict[str, list[Item]], out: Path, base: Base | None
-) -> RunPlan:
+    tier: Tier, journal: Journal | None, test: dict[str, list[Item]], out: Path, base: Base | None,
+    *, files: bool,
+) -> RunPlan:  # fmt: skip
     trained = [name for name in tier.adapters if adapter_folder(out, name).is_dir()]
     calibrated = [
         count for count in calibrations.needed(tier)
         if calibrations.calibration_folder(out, count).is_dir()
     ]  # fmt: skip
     layers = {} if base is None else {"layers": base.model.config.num_hidden_layers}
-    return plan_run(tier, journal, test, trained=trained, calibrated=calibrated, **layers)
+    described = None
+    if files:
+        from ..outcome import merge_feature_file
+
+        described = merge_feature_file.described(out / merge_feature_file.NAME)
+    return plan_run(
+        tier, journal, test, trained=trained, calibrated=calibrated, described=described, **layers
+    )
 
 
 def _check_trained(tier: Tier, journal: Journal, base: Base, out: Path) -> None:
@@ -236,11 +247,16 @@ def _remove_leftovers(out: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _write_files(tier: Tier, out: Path) -> Path:
-    from ..outcome import features, labels
+def _write_files(tier: Tier, out: Path, plan: RunPlan, jobs: int, tell: Progress) -> Path:
+    from ..outcome import features, labels, merge_features
     from ..report import report
 
     written = labels.write_labels(out, tier)
     features.write_features(out, tier)
     report.write_report(out, tier)
+    # Last, for it takes longest: the others are there if it is interrupted.
+    merge_features.write_merge_features(
+        out, tier, threads=jobs,
+        progress=lambda key: tell(FEATURES, key, plan.described.get(key, 0.0)),
+    )  # fmt: skip
     return written

@@ -10,14 +10,17 @@ from typing import Any
 from ..outcome.journal import Journal
 from ..stages import calibrations, routers
 from ..tasks.item import Item
-from ..tiers.plan import BASE, AdapterPlan, Tier, single_key
+from ..tiers.plan import BASE, AdapterPlan, MergePlan, Tier, single_key
 from .work import Unit
 
 STAGES = ("train", "calibrate", "singles", "crossed", "routers", "merges")
+FEATURES = "features"  # of merges, after all stages
 # Seconds of one core (AVX-512, oneDNN), about, for SmolLM2-135M.
 _LAYER = 0.002  # an item through a layer
 _STEP = 0.0055  # forward and backward, an item of a step through a layer
 _MERGE = 0.1  # a member
+_DESCRIBE = 0.2  # a member of a merge that is made again for its features; sums are not
+_SUM = 0.01
 # Of an item of 50 tokens: answers beyond the first, and lines that are written token by token.
 _KINDS = {"exact": 1.0, "verify": 1.0, "choice": 2.0, "refusal": 1.5, "code": 4.0}
 
@@ -30,18 +33,20 @@ class RunPlan:
         units: of the stages that workers do.
         calibrations: sequences an exam of each, and seconds.
         routed: the sets of adapters to route among, and seconds.
+        described: merges whose features are to be written, and seconds.
         done: how many pieces of each stage are there.
     """
 
     units: dict[str, list[Unit]]
     calibrations: dict[int, float]
     routed: dict[tuple[str, ...], float]
+    described: dict[str, float]
     done: dict[str, int]
 
     def seconds(self, stage: str | None = None) -> float:
-        """Of one core, about; of all stages by default."""
+        """Of one core, about; of all stages and features by default."""
         if stage is None:
-            return sum(self.seconds(name) for name in STAGES)
+            return sum(self.seconds(name) for name in (*STAGES, FEATURES))
         return sum(self._costs(stage))
 
     def count(self, stage: str) -> int:
@@ -53,17 +58,21 @@ class RunPlan:
             return list(self.calibrations.values())
         if stage == "routers":
             return list(self.routed.values())
+        if stage == FEATURES:
+            return list(self.described.values())
         return [unit.cost for unit in self.units[stage]]
 
 
 def plan_run(
     tier: Tier, journal: Journal | None, items: dict[str, list[Item]], *,
-    trained: Iterable[str] = (), calibrated: Iterable[int] = (), layers: int = 30,
+    trained: Iterable[str] = (), calibrated: Iterable[int] = (),
+    described: Iterable[str] | None = None, layers: int = 30,
 ) -> RunPlan:  # fmt: skip
     """What a journal does not have yet.
 
     ``items`` are the test items of each exam, ``trained`` the adapters and ``calibrated`` the
-    calibrations whose folders are there, ``layers`` those of the base model.
+    calibrations whose folders are there, ``described`` the merges that have features (None: these
+    are not to be written), ``layers`` those of the base model.
     """
     trained, scores = {*trained}, {} if journal is None else journal.scores
     merged = {} if journal is None else journal.merged
@@ -96,6 +105,8 @@ def plan_run(
     ]
     recorded = calibrations.costs(tier, layers)
     routed = _routed(tier, journal)
+    there = {*tier.merges} if described is None else {*tier.merges} & {*described}
+    undescribed = {k: _describing(tier, m) for k, m in tier.merges.items() if k not in there}
     units = {
         "train": _by_texts(left, layers), "singles": _there(singles), "crossed": _there(crossed),
         "merges": _there(merges),
@@ -107,9 +118,10 @@ def plan_run(
         "crossed": len(crossed) - len(units["crossed"]),
         "routers": len(routers.sets_of(tier)) - len(routed),
         "merges": len(merges) - len(units["merges"]),
+        FEATURES: 0 if described is None else len(there),
     }
     still = {count: cost for count, cost in recorded.items() if count not in {*calibrated}}
-    return RunPlan(units, still, routed, done)
+    return RunPlan(units, still, routed, undescribed, done)
 
 
 def _routed(tier: Tier, journal: Journal | None) -> dict[tuple[str, ...], float]:
@@ -122,6 +134,11 @@ def _routed(tier: Tier, journal: Journal | None) -> dict[tuple[str, ...], float]
     ]  # fmt: skip
     prompts = len(routers.exams_of(tier)) * (2 * tier.calibration_items + tier.test_items)
     return {members: prompts * tier.first_layer * _LAYER / len(left) for members in left}
+
+
+def _describing(tier: Tier, merge: MergePlan) -> float:
+    operator = tier.operators[merge.operator]
+    return _SUM if operator.is_sum else _DESCRIBE * len(merge.members)
 
 
 def _there(units: Iterable[Unit | None]) -> list[Unit]:

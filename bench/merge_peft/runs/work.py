@@ -12,20 +12,19 @@ import numpy as np
 
 from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.merging import MergedAdapter, merge
-from mergeprobe_fast.sets import set_features
-from mergeprobe_fast.zoo import Zoo, open_zoo
+from mergeprobe_fast.merging import MergedAdapter
+from mergeprobe_fast.zoo import open_zoo
 
 from ..model.base import Base
 from ..model.delta import Delta
 from ..model.suffix import threads_of
 from ..outcome.journal import Line
-from ..stages.calibrations import calibration_folder
+from ..stages.combine import adapter_folder, combine
 from ..stages.evaluate import Evaluation
 from ..stages.train import OTHERS_ITEMS, train
 from ..tasks.build import DOMAINS, build
 from ..tasks.item import Item
-from ..tiers.plan import BASE, AdapterPlan, MergePlan, Operator, Tier
+from ..tiers.plan import BASE, AdapterPlan, MergePlan, Tier
 
 # What all evaluations of a worker may hold. Beside them SmolLM2-135M, the libraries and a batch on
 # its way were seen to take 2.2 GB, so that a worker has 3.5 GB at most, and 2.3 GB in tier ci.
@@ -108,20 +107,8 @@ class Worker:
             }]  # fmt: skip
 
     def _merge(self, plan: MergePlan) -> tuple[MergedAdapter, Line]:
-        operator = self._tier.operators[plan.operator]
         started = time.perf_counter()
-        zoo = open_zoo([adapter_folder(self._out, name) for name in plan.members])
-        recorded: dict[str, Any] = {}
-        if operator.calibration:
-            recorded = {
-                "calibration": calibration_folder(self._out, operator.calibration),
-                "domains": self._domains(plan, operator),
-            }
-        weights = _weights(operator, zoo, recorded)
-        merged = merge(
-            zoo, operator.method, weights, operator.rank, dtype="F32", threads=1, **recorded,
-            **operator.arguments,
-        )  # fmt: skip
+        merged, weights = combine(self._tier, self._out, plan)
         return merged, {
             "kind": "merged", "key": plan.key, "operator": plan.operator,
             "members": list(plan.members), "weights": weights, "study": plan.study,
@@ -129,19 +116,6 @@ class Worker:
             "parameters": sum(m.a.size + m.b.size for m in merged.modules),
             "seconds": round(time.perf_counter() - started, 4),
         }  # fmt: skip
-
-    def _domains(self, plan: MergePlan, operator: Operator) -> list[str]:
-        """The calibration of each member: of its own exam, or swapped of the next one's."""
-        own = [self._tier.adapters[name].exam for name in plan.members]
-        if not operator.swapped:
-            return own
-        found = []
-        for at, exam in enumerate(own):
-            others = [other for other in own[at:] + own[:at] if other != exam]
-            if not others:
-                raise InputError("all members are of one exam: nothing to swap", key=plan.key)
-            found.append(others[0])
-        return found
 
     def _scores(self, unit: Unit, delta: Delta) -> list[Line]:
         lines = []
@@ -199,11 +173,6 @@ class Worker:
         return total
 
 
-def adapter_folder(out: Path, name: str) -> Path:
-    """Where an adapter of a run lies."""
-    return out / "adapters" / name
-
-
 def osrm_items(plan: AdapterPlan) -> list[Item]:
     """What OSRM's initialisation looks at: items of the other domains, whatever the tier has."""
     if plan.recipe.variant != "osrm":
@@ -212,13 +181,3 @@ def osrm_items(plan: AdapterPlan) -> list[Item]:
         item for domain in DOMAINS if domain != plan.recipe.domain
         for item in build(domain, split="train", count=OTHERS_ITEMS, seed=plan.recipe.seed)
     ]  # fmt: skip
-
-
-def _weights(operator: Operator, zoo: Zoo, recorded: dict[str, Any]) -> list[float]:
-    """One number per member."""
-    if operator.weights in ("one", "mean"):
-        return [1.0 if operator.weights == "one" else 1 / len(zoo)] * len(zoo)
-    table = set_features(
-        zoo, [zoo.names], features=f"{operator.weights}_retention_mean", threads=1, **recorded
-    )
-    return table.per_member(f"{operator.weights}_weights")[0].tolist()

@@ -91,6 +91,11 @@ class Operator:
     calibration: int = 0
     swapped: bool = False
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is a weighted sum and nothing else."""
+        return self.method == "cat" and self.rank is None and not self.arguments
+
 
 @dataclass(frozen=True)
 class MergePlan:
