@@ -189,8 +189,9 @@ def test_capacity_sets_are_nested_and_of_different_tasks() -> None:
 
 
 def test_every_method_of_the_package_is_in_the_table() -> None:
-    # "linear" is "cat" at the rank that is left.
-    assert {o.method for o in OPERATORS.values()} == {*mpf.MERGE_METHODS} - {"linear"}
+    # "linear" is "cat" at the rank that is left; "prune" is younger than the measured bank, whose
+    # journals say which operators they are of.
+    assert {o.method for o in OPERATORS.values()} == {*mpf.MERGE_METHODS} - {"linear", "prune"}
     weights = {o.weights for o in OPERATORS.values()}
     assert weights == {"one", "mean", "reweighted", "minimax"}
     for operator in {**OPERATORS, **CAPACITY_OPERATORS}.values():

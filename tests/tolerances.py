@@ -204,6 +204,10 @@ TOLERANCES = {
         1e-6, "float64 but for A' in float32: |B| u |A'| summed over R <= 128, u sqrt(R) = 7e-7 of "
         "the delta where factors do not cancel; measured 3e-8", "one weight off by a thousandth",
     ),
+    "pruned atoms": Tolerance(
+        1e-6, "of the largest atom: factors in float32, u sqrt(R) = 3e-7 at R = 20, and a ridge of "
+        "1e-10 that weights feel times kappa^2 < 1e3", "one weight off by a thousandth",
+    ),
     "regmean float32": Tolerance(
         5e-5, "K = I + Z Z^T, |K^-1 Z| <= 1/2: a quarter of |dK|, with dK random of about "
         "2 u sqrt(T) K_tt = 1e-4 at T = 2048, K_tt = 19; measured 4e-6 to 1.3e-5",

@@ -6,12 +6,10 @@ own domain, each module's energy relative to the base module's where output mome
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from mergeprobe_fast import _env
-from mergeprobe_fast.engine.sets import RIDGE, set_statistics
+from mergeprobe_fast.engine.sets import set_statistics
 from mergeprobe_fast.features.declare import ratio
 from mergeprobe_fast.features.set_declare import (
     SetFeature,
@@ -28,8 +26,8 @@ from mergeprobe_fast.features.set_modules import (
     subzoo,
     used_adapters,
 )
-from mergeprobe_fast.io.calibration import Calibration
 from mergeprobe_fast.merging.activation import inputs, require
+from mergeprobe_fast.merging.atom_weights import AtomProblem, Scale, seen_by
 from mergeprobe_fast.merging.merge import run
 from mergeprobe_fast.merging.methods import MergeRequest
 from mergeprobe_fast.merging.registry import MERGE_METHODS
@@ -39,21 +37,7 @@ from mergeprobe_fast.recorded import lacks_calibration
 _REGMEAN_RIDGE = 1e-6
 
 
-@dataclass(frozen=True, eq=False)
-class _Scale:
-    """How energies of a module on a domain count: 1, or 1 over the base module's own."""
-
-    calibration: Calibration
-    relative: bool
-
-    def of(self, domain: str, module: str) -> float:
-        if not self.relative:
-            return 1.0
-        base = float(self.calibration.output_moment(domain, module).sum())
-        return 1.0 / base if base > 0 else np.nan
-
-
-def _own_energy(request: SetRequest) -> tuple[np.ndarray, np.ndarray, _Scale]:
+def _own_energy(request: SetRequest) -> tuple[np.ndarray, np.ndarray, Scale]:
     """|W_i|^2 of every adapter on its own domain; which sets have an optimum; how modules count."""
     totals, domain_of = request.totals, request.domain_of
     relative = totals.relative is not None
@@ -66,7 +50,7 @@ def _own_energy(request: SetRequest) -> tuple[np.ndarray, np.ndarray, _Scale]:
         return bool((energy[members] > 0).all() and np.isfinite(block).all())
 
     sets = np.array([solvable(row[row >= 0]) for row in request.members], bool)
-    return energy, sets, _Scale(request.recorded.calibration, relative)
+    return energy, sets, Scale(request.recorded.calibration, relative)
 
 
 @_env.one_blas_thread()
@@ -81,24 +65,27 @@ def _atoms(request: SetRequest) -> Values:
     harmful, total = np.zeros(shape), np.zeros(shape)
     kept, count = np.zeros(shape[0]), np.zeros(shape[0])
     for m in module_atoms(request):
-        grams = _seen(request, m, np.unique(domain_of[used]), names, scale)
+        seen = _seen(request, m, np.unique(domain_of[used]), names, scale)
 
-        def add(s: int, members: np.ndarray, m: ModuleAtoms = m, grams: dict = grams) -> None:
+        def add(s: int, members: np.ndarray, m: ModuleAtoms = m, seen: dict = seen) -> None:
             rows, owner = m.of(members)
             if len(rows) == 0 or not solvable[s]:
                 return
-            problem = _Problem(m, rows, owner, [grams[t] for t in domain_of[members]],
-                               1.0 / energy[members])  # fmt: skip
+            own = [int(t) for t in domain_of[members]]
+            problem = AtomProblem(
+                m.atoms.left[rows] * m.atoms.sigma[rows, None],
+                {t: seen[t][rows] for t in dict.fromkeys(own)}, own, owner, 1.0 / energy[members],
+            )  # fmt: skip
             for name, z in (("atom", problem.solve()), ("pruned", problem.prune())):
                 error[name][s, : len(members)] += problem.errors(z)
             kept[s] += np.count_nonzero(z)
             count[s] += len(z)
-            own, bad = problem.harmful()
-            harmful[s, : len(members)] += np.bincount(owner, np.where(bad, own, 0.0), len(members))
-            total[s, : len(members)] += np.bincount(owner, own, len(members))
+            bad = np.where(problem.harmful(), problem.own, 0.0)
+            harmful[s, : len(members)] += np.bincount(owner, bad, len(members))
+            total[s, : len(members)] += np.bincount(owner, problem.own, len(members))
 
         each_set(request, add)
-    undefined = ~solvable[:, None]
+    undefined = ~solvable[:, None] | (request.members < 0)
     out = {f"{name}_retention": np.where(undefined, np.nan, 1 - e) for name, e in error.items()}
     share = np.where(undefined, np.nan, ratio(harmful, total))
     kept = np.where(solvable, ratio(kept, count), np.nan)
@@ -110,72 +97,14 @@ def _atoms(request: SetRequest) -> Values:
 
 
 def _seen(
-    request: SetRequest, m: ModuleAtoms, domains: np.ndarray, names: tuple[str, ...], scale: _Scale
+    request: SetRequest, m: ModuleAtoms, domains: np.ndarray, names: tuple[str, ...], scale: Scale
 ) -> dict[int, np.ndarray]:
     """The right atoms at the samples of each domain, (atoms, T), scaled to energies that count."""
     seen = {}
     for t in domains:
         x = inputs(request.recorded.calibration, names[t], m.module)
-        factor = np.sqrt(scale.of(names[t], m.module.name) / len(x))
-        seen[int(t)] = (m.atoms.right @ x.T.astype(np.float64)) * factor
+        seen[int(t)] = seen_by(m.atoms.right, x, scale.of(names[t], m.module.name))
     return seen
-
-
-class _Problem:
-    """``min_z sum_i lambda_i |sum_a z_a W_a - W_i|^2_{C_i}`` over the atoms W_a of one module."""
-
-    def __init__(
-        self, m: ModuleAtoms, rows: np.ndarray, owner: np.ndarray, seen: list[np.ndarray],
-        lambdas: np.ndarray,
-    ) -> None:  # fmt: skip
-        self.owner, self.lambdas = owner, lambdas
-        left = m.atoms.left[rows] * m.atoms.sigma[rows, None]
-        outer = left @ left.T
-        made: dict[int, np.ndarray] = {}  # members of one domain share it
-        for x in seen:
-            if id(x) not in made:
-                made[id(x)] = outer * (x[rows] @ x[rows].T)
-        self.grams = [made[id(x)] for x in seen]
-        self.h = sum(w * q for w, q in zip(lambdas, self.grams, strict=True))
-        self.b = sum(
-            w * q[:, owner == i].sum(axis=1)
-            for i, (w, q) in enumerate(zip(lambdas, self.grams, strict=True))
-        )
-        # An atom that no input excites gets weight 0, whatever its ridge.
-        diagonal = np.diagonal(self.h)
-        ridge = np.where(diagonal > 0, RIDGE * diagonal, max(diagonal.max(), 1.0))
-        self.factor = np.linalg.cholesky(self.h + np.diag(ridge))
-
-    def solve(self) -> np.ndarray:
-        """The best weight of every atom."""
-        from scipy.linalg import cho_solve
-
-        return cho_solve((self.factor, True), self.b)
-
-    def prune(self) -> np.ndarray:
-        """The best weights that are not negative; atoms at 0 are dropped."""
-        from scipy.linalg import solve_triangular
-        from scipy.optimize import nnls
-
-        target = solve_triangular(self.factor, self.b, lower=True)
-        return nnls(self.factor.T, target, maxiter=50 * len(target))[0]
-
-    def errors(self, z: np.ndarray) -> np.ndarray:
-        """What this module adds to each member's e_i."""
-        apart = [z - (self.owner == i) for i in range(len(self.grams))]
-        return np.array([
-            w * max(0.0, float(d @ q @ d))
-            for w, q, d in zip(self.lambdas, self.grams, apart, strict=True)
-        ])  # fmt: skip
-
-    def harmful(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each atom's energy on its owner's inputs; whether it does the others more harm than that.
-
-        Both relative to the energies of those who gain or are harmed.
-        """
-        each = np.array([w * np.diagonal(q) for w, q in zip(self.lambdas, self.grams, strict=True)])
-        own = each[self.owner, np.arange(len(self.owner))]
-        return own, own < each.sum(axis=0) - own
 
 
 def _reweighted_error(request: SetRequest) -> np.ndarray:
