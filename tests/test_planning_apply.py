@@ -206,8 +206,33 @@ def test_a_rank_above_the_limit_is_named_and_can_be_cut(tmp_path, rng):
     sigma = np.linalg.svd(exact_sums([made["a"], made["b"]], [0.5, 0.5])["q"])[1]
     expected = np.sqrt((sigma[512:] ** 2).sum() / (sigma**2).sum())
     assert cut.residents[0].truncation_error == pytest.approx(expected, rel=1e-4)
+    # What was predicted was predicted of the whole merge.
+    assert all(m.retention is m.low is m.high is None for m in cut.residents[0].members)
+    assert served.residents[0].members[0].retention == 0.9
+    assert cut.notes[0].startswith("m was cut to rank 512") and not served.notes[0].startswith(
+        "m was cut"
+    )
     low = apply_plan(plan_of(stays("a"), stays("b")), zoo, tmp_path / "low", max_rank=8)
     assert [r.rank for r in low.residents] == [8, 8] and low.residents[0].truncation_error > 0
+
+
+def test_an_uncalibrated_score_stays_one_in_what_is_written(tmp_path, rng):
+    zoo, _ = zoo_in(tmp_path / "zoo", rng, {n: {"modules": WIDE} for n in "ab"})
+    for calibrated, group, said in (
+        (False, [merges("m", "a", "b")], 1), (True, [merges("m", "a", "b")], 0),
+        (False, [stays("a"), stays("b")], 0),
+    ):  # fmt: skip
+        plan = SimpleNamespace(groups=group, calibrated=calibrated)
+        notes = apply_plan(plan, zoo, tmp_path / "out", overwrite=True).notes
+        assert sum("uncalibrated score" in note for note in notes) == said
+
+
+def test_an_adapter_that_the_router_cannot_pick_is_named(tmp_path, rng):
+    recipes = {"a": {"modules": WIDE}, "b": {"modules": WIDE, "zero_b": True}}
+    zoo, _ = zoo_in(tmp_path / "zoo", rng, recipes)
+    served = apply_plan(plan_of(stays("a"), stays("b")), zoo, tmp_path / "out")
+    assert "router: b has no prototype: arrow never picks it" in served.notes
+    assert not any("a has no prototype" in note for note in served.notes)
 
 
 BAD_PLANS = {
@@ -223,6 +248,13 @@ BAD_PLANS = {
     "a name twice": ([merges("a", "b", weights=(1.0,)), stays("a")], "a: two resident adapters"),
     "no calibration": ([merges("m", "a", "b", method="regmean")], "calibration"),
     "bad argument": ([merges("m", "a", "b", method="svd", depth=1)], "depth"),
+    "an argument of apply's own": (
+        [Group("m", ("a", "b"), "merge", "svd", None, {"threads": 2})], "no argument 'threads'",
+    ),
+    "weights as an argument": (
+        [Group("m", ("a", "b"), "merge", "svd", None, {"weights": [1, 1]})], "argument 'weights'",
+    ),
+    "nothing": ([], "plan: has no adapters"),
     "bad weights": ([merges("m", "a", "b", weights=(1.0,))], "weights"),
 }  # fmt: skip
 

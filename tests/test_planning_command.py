@@ -79,7 +79,8 @@ def test_the_shipped_zoo_gets_a_plan_that_fits_the_terminal(run, judged, tmp_pat
 def test_json_is_the_plan_file_and_nothing_else(run, judged, tmp_path):
     ran = run("plan", ZOO, "--out", tmp_path / "out", "--json")
     said = strict_json(ran.out)
-    assert said.pop("out") == str(tmp_path / "out") and said.pop("vllm") is None
+    assert said.pop("out") == str(tmp_path / "out")
+    assert said.pop("vllm") is None and said.pop("applied") is None
     assert said == json.loads((tmp_path / "out" / "plan.json").read_text()) and ran.code == 0
 
 
@@ -127,8 +128,26 @@ def test_apply_writes_what_the_plan_says(run, judged, tmp_path):
     served = read_served(tmp_path / "out" / "applied")
     assert len(served.residents) == 7 and "--enable-lora" in ran.out
     assert ".tmp-" not in ran.out and str(tmp_path / "out" / "applied") in ran.out
+    (tmp_path / "out" / "applied" / "log.txt").touch()
+    mine = run("plan", ZOO, "--out", tmp_path / "out", "--overwrite")
+    assert_refused(mine, "applied: holds 'log.txt', which this command does not write")
+    (tmp_path / "out" / "applied" / "log.txt").unlink()
     again = run("plan", ZOO, "--out", tmp_path / "out", "--overwrite")
     assert again.code == 0 and not (tmp_path / "out" / "applied").exists()
+
+
+@needs_zoo
+def test_what_is_written_can_be_cut_and_says_that_nothing_is_claimed_then(run, judged, tmp_path):
+    from mergeprobe_fast.planning.served import read_served
+
+    words = ("plan", ZOO, "--out", tmp_path / "out", "--apply", "--max-rank", "8")
+    ran = run(*words)
+    assert ran.code == 0 and "note: merged-1 was cut to rank 8" in " ".join(ran.out.split())
+    served = read_served(tmp_path / "out" / "applied")
+    merged = next(r for r in served.residents if r.action == "merge")
+    assert merged.rank == 8 and [m.retention for m in merged.members] == [None, None]
+    said = strict_json(run(*words, "--overwrite", "--json").out)
+    assert said["applied"]["notes"] == list(served.notes) and "--max-lora-rank 8" in said["vllm"]
 
 
 @pytest.fixture
@@ -148,7 +167,10 @@ USAGE = {
     "floor twice": (("zoo", "--out", "o", "--cost", "floor=1", "--floor", "1"), "given twice"),
     "floor": (("zoo", "--out", "o", "--floor", "90"), "costs: floor: must be at most 1"),
     "action": (("zoo", "--out", "o", "--actions", "merge,drop"), "no action 'drop'"),
-    "none to measure": (("zoo", "--out", "o", "--calibrate-with", "0"), "must be positive"),
+    "none to measure": (("zoo", "--out", "o", "--calibrate-with", "0"), "expected 1 or more"),
+    "costly": (("zoo", "--out", "o", "--costly", "-1"), "--costly: expected 0 or more, got '-1'"),
+    "rank of words": (("zoo", "--out", "o", "--apply", "--max-rank", "r"), "expected 1 or more"),
+    "rank of nothing": (("zoo", "--out", "o", "--max-rank", "8"), "--max-rank: needs --apply"),
     "apply early": (("zoo", "--out", "o", "--apply", "--probes", "p"), "unfinished adapters"),
     "model": (("zoo", "--out", "o", "--model", "m.json"), "m.json"),
     "domains alone": (("zoo", "--out", "o", "--domain", "adapter_000=x"), "domains: given without"),

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from adapters import delta_of
 from probes import make_run
 from set_zoo import MODULES, Made
 
 import mergeprobe_fast as mpf
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.io.formats import open_adapter
 from mergeprobe_fast.merges import merge_tables
-from mergeprobe_fast.planning import Costs, decide, plan
+from mergeprobe_fast.planning import Costs, Plan, decide, plan
 from mergeprobe_fast.planning.judge import ErrorJudge, PredictorJudge
 from mergeprobe_fast.planning.judging import padded
+from mergeprobe_fast.predict.predictor import Facts
+from mergeprobe_fast.predict.recipe import Recipe
 from mergeprobe_fast.recorded import NOTHING, open_recorded
 
 CHEAP_LOSS = {"floor": 0.05, "average": 0.001, "worst": 0.0}
@@ -190,3 +195,77 @@ def test_probes_judge_every_adapter_by_its_snapshot(made, tmp_path, rng):
     (tmp_path / "runs" / made.zoo.names[0]).rename(tmp_path / "runs" / "other")
     with pytest.raises(InputError, match=f"none is named like '{made.zoo.names[0]}'"):
         plan(made.zoo, probes=tmp_path / "runs", at=0.05, model=predictor)
+
+
+class ByWhatIsKnown(ByError):
+    """Answers from the inputs where any row of a batch has them, else from the weights."""
+
+    def predict(self, columns, **rest):
+        if np.isfinite(columns["error"]).any():
+            return super().predict(columns, **rest)
+        return super().predict({n: v for n, v in columns.items() if n != "error"}, **rest)
+
+
+@pytest.mark.parametrize("kind", ["level", "score"])
+def test_a_set_is_judged_alike_alone_and_among_others(made, monkeypatch, kind):
+    tables = tables_of(made)
+    whole = type(tables).features
+
+    def without_the_last(self, members, weights):
+        columns = whole(self, members, weights)
+        for name in ("error", "direction"):
+            if name in columns:
+                columns[name] = np.where((members == 4).any(axis=1)[:, None], np.nan, columns[name])
+        return columns
+
+    monkeypatch.setattr(type(tables), "features", without_the_last)
+    predictor = ByWhatIsKnown()
+    if kind == "score":
+        predictor = mpf.RetentionPredictor({}, Recipe(), Facts(bases=("another",)))
+    judge = PredictorJudge(tables, predictor)
+    assert judge.level == ("calibration" if kind == "level" else "score")
+    together = judge.judge(SETS, "merge")
+    for row, s in enumerate(SETS):
+        alone = judge.judge(s[None, s >= 0], "merge")
+        np.testing.assert_array_equal(alone.retention[0], together.retention[row, s >= 0])
+    row = 3 if kind == "level" else 0  # where the batch decides what answers
+    assert np.isnan(together.retention[row]).all() == (kind == "level")
+    judge._witness = {}  # a fault: nothing is asked along
+    alone = judge.judge(SETS[row : row + 1, :2], "merge")
+    assert not np.array_equal(alone.retention[0], together.retention[row, :2], equal_nan=True)
+
+
+def test_any_weights_can_be_judged(made):
+    judge = PredictorJudge(tables_of(made), ByError())
+    said = judge.judge(SETS, "reweight")
+    again = judge.weighted(SETS, said.weights)
+    np.testing.assert_allclose(again.retention, said.retention)
+    other = judge.weighted(SETS[:1], np.array([[0.3, 0.9, np.nan, np.nan, np.nan]]))
+    want = proxies(made, SETS[:1], [[0.3, 0.9]]).per_member("retention")
+    np.testing.assert_allclose(other.retention[0, :2], want[0, :2], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("action", ["merge", "reweight", "prune", "regmean"])
+def test_what_is_written_keeps_what_the_plan_says(made, tmp_path, monkeypatch, action):
+    """Predicted from the tables, against dense deltas of the files; planned by relative paths."""
+    monkeypatch.chdir(tmp_path)
+    found = plan(
+        [os.path.relpath(a.path) for a in made.zoo], model=ByError(), actions=(action,),
+        calibration=os.path.relpath(made.calibration.path), costs={**CHEAP_LOSS, "floor": 0.0},
+    )  # fmt: skip
+    assert found.merged
+    found.save(tmp_path / "plan.json")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    served = Plan.load(tmp_path / "plan.json").apply(tmp_path / "out")
+    for group in found.merged:
+        written = open_adapter(served.folder(group.name)).modules
+        deltas = {name: delta_of(written[name]) for name in written}
+        for member, kept in zip(group.members, group.retention, strict=True):
+            error = made.error(made.zoo.names.index(member), lambda name: deltas[name])  # noqa: B023
+            assert kept == pytest.approx(1 - error, abs=1e-5)
+        moved = {name: 1.01 * delta for name, delta in deltas.items()}  # a fault
+        first = made.zoo.names.index(group.members[0])
+        assert group.retention[0] != pytest.approx(
+            1 - made.error(first, lambda name: moved[name]), abs=1e-5  # noqa: B023
+        )

@@ -12,6 +12,7 @@ from planning_judges import HarmJudge, HashJudge
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.planning import Costs, make_plan, partition
 from mergeprobe_fast.planning.fitted import fitted
+from mergeprobe_fast.planning.judging import Judged
 from mergeprobe_fast.planning.measure import (
     COLUMNS,
     Measured,
@@ -30,6 +31,17 @@ class Bent(HarmJudge):
 
     def retention(self, members, action):
         return 0.4 + 0.5 * super().retention(members, action)
+
+
+class Score(HarmJudge):
+    """Ranks, and claims no interval."""
+
+    calibrated, coverage = False, None
+
+    def judge(self, members, action):
+        said = super().judge(members, action)
+        none = np.full(members.shape, np.nan)
+        return Judged(said.retention, none, none, said.outside, said.weights)
 
 
 def rows_of(text):
@@ -80,8 +92,16 @@ def test_a_filled_table_is_read_as_retention(tmp_path):
     assert np.isnan(found.retention[1][0]) and found.retention[1][1] == 1.2
 
 
+def test_weights_of_the_table_go_with_their_members(tmp_path):
+    text = HEAD + "c+a,merge,0.7+0.3,a,0,1,0.5\nc+a,merge,0.5+0.5,a,0,1,0.6\n"
+    (tmp_path / "m.csv").write_text(text)
+    found = read_measured(tmp_path / "m.csv", NAMES)
+    assert found.members == ((0, 2),) * 2 and found.weights == ((0.3, 0.7), (0.5, 0.5))
+    assert [row[0] for row in found.retention] == [0.5, 0.6]
+
+
 def test_names_with_a_plus_survive_the_table(tmp_path):
-    names = ["a+b", "[c", "d", "e \u00fc"]
+    names = ["a+b", "[c", "d", " e \u00fc "]
     judge = HarmJudge(names, np.full((4, 4), 0.05))
     plan = make_plan(judge, [PlannedAdapter(n, n) for n in names], Costs(), ("merge", "route"))
     rows = rows_of(measured_file(plan, 4))
@@ -111,6 +131,9 @@ MALFORMED = {
     "again": (HEAD + "a+b,merge,,a,0,1,1\n" * 2, "line 3: member: 'a' was measured in this merge"),
     "list": (HEAD + '"[""a""",merge,,a,0,1,1\n', "line 2: members: is no list of names"),
     "quote": (HEAD + '"a+b,merge\n', "is no table"),
+    "weights of words": (HEAD + "a+b,merge,x+y,a,0,1,1\n", "line 2: weights: expected 2 numbers"),
+    "a weight missing": (HEAD + "a+b,merge,1,a,0,1,1\n", "line 2: weights: expected 2 numbers"),
+    "no weights there": (HEAD + "a+b,regmean,1+1,a,0,1,1\n", "line 2: weights: regmean takes none"),
     "bytes": ("\udcff", "is no table"),
 }  # fmt: skip
 
@@ -143,16 +166,59 @@ def test_measurements_straighten_a_judge_that_is_off(rng, n):
     assert judge.calibrated and f"{2 * len(told)} measured members" in judge.reason
 
 
-def test_few_labels_only_shift_and_claim_no_interval():
+def test_few_labels_only_shift():
     harm = np.full((5, 5), 0.2)
-    judge = fitted(HarmJudge(NAMES, harm), measured_by(Bent(NAMES, harm), [(0, 1)]))
+    judge = fitted(Score(NAMES, harm), measured_by(Bent(NAMES, harm), [(0, 1)]))
     said = judge.judge(np.array([[2, 3]], np.int32), "merge")
+    assert judge.coverage is None and np.isnan(said.low).all()
     # Two labels of -0 .. 0.4 + 0.5 * 0.8 = 0.8 against 0.8: nothing to shift.
     np.testing.assert_allclose(said.retention, 0.8)
-    assert judge.coverage is None and np.isnan(said.low).all()
+    assert not judge.calibrated and "too few to tell" in judge.reason
     lower = Measured(((0, 1),), ("merge",), ((0.5, 0.5),))
     said = fitted(HarmJudge(NAMES, harm), lower).judge(np.array([[2, 3]], np.int32), "merge")
     np.testing.assert_allclose(said.retention, 0.8 - 2 * 0.3 / (2 + 4))
+
+
+def test_few_labels_widen_the_intervals_that_there_are():
+    lower = Measured(((0, 1),), ("merge",), ((0.5, 0.5),))
+    judge = fitted(HarmJudge(NAMES, np.full((5, 5), 0.2)), lower)
+    said = judge.judge(np.array([[2, 3]], np.int32), "merge")
+    shift = -2 * 0.3 / (2 + 4)
+    assert judge.coverage == 0.9 and judge.calibrated
+    np.testing.assert_allclose(said.low, 0.8 - 0.05 + shift)  # where the shift takes it
+    np.testing.assert_allclose(said.high, 0.8 + 0.03)  # where it was
+
+
+def test_merges_measured_with_other_weights_are_predicted_with_those():
+    harm = np.full((5, 5), 0.2)
+
+    class Weighs(HarmJudge):
+        def weighted(self, members, weights):
+            kept = np.where(members >= 0, weights, np.nan)
+            return Judged(kept, kept, kept, np.zeros(members.shape, bool), weights)
+
+    own = Measured(((0, 1), (2, 3)), ("merge",) * 2, ((0.8, 0.8),) * 2, ((0.5, 0.5), None))
+    as_told = Measured(((0, 1),), ("merge",), ((0.3, 0.9),), ((0.3, 0.9),))
+    for labels in (own, as_told):  # what was measured is what was predicted: nothing to shift
+        said = fitted(Weighs(NAMES, harm), labels).judge(np.array([[1, 4]], np.int32), "merge")
+        np.testing.assert_allclose(said.retention, 0.8)
+    with pytest.raises(InputError, match="measured: merge of 2 with other weights than it takes"):
+        fitted(HarmJudge(NAMES, harm), as_told)
+
+
+def test_labels_where_the_judge_abstains_are_left_out():
+    class Partly(HarmJudge):
+        def outside(self, members, action):
+            return np.broadcast_to((members == 0).any(axis=1, keepdims=True), members.shape)
+
+    judge = Partly(NAMES, np.full((5, 5), 0.2))
+    labels = Measured(((0, 1), (2, 3)), ("merge",) * 2, ((-1.0, -1.0), (0.8, 0.8)))
+    said = fitted(judge, labels).judge(np.array([[1, 4]], np.int32), "merge")
+    np.testing.assert_allclose(said.retention, 0.8)
+    with pytest.raises(InputError, match="none of the measured merges can be predicted"):
+        fitted(Partly(NAMES, judge.harm), Measured(((0, 1),), ("merge",), ((1.0, 1.0),)))
+    book = partition(Partly(NAMES, judge.harm), NAMES, Costs(floor=0.9)).book
+    assert all(0 not in c.ranks for c in choose(book, [], 50))
 
 
 def test_intervals_are_of_what_a_fit_without_the_merge_misses(rng):

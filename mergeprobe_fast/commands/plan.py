@@ -57,9 +57,17 @@ def add(command: AddCommand) -> None:
     sub.add_argument(
         "--actions", metavar="A,A", help="merge, reweight, prune, regmean, route (default: all)"
     )
+    sub.add_argument(
+        "--costly", type=_at_least(0), metavar="N",
+        help="sets that may be pruned or merged by data to see what is left (default: 48)",
+    )  # fmt: skip
     sub.add_argument("--apply", action="store_true", help="write the merged adapters, too")
     sub.add_argument(
-        "--calibrate-with", type=int, metavar="K",
+        "--max-rank", type=_at_least(1), metavar="R",
+        help="with --apply: cut what is written to this rank",
+    )  # fmt: skip
+    sub.add_argument(
+        "--calibrate-with", type=_at_least(1), metavar="K",
         help="write the K merges whose evaluation would tell most, as a table to fill in",
     )  # fmt: skip
     sub.add_argument(
@@ -73,14 +81,15 @@ def run(options: argparse.Namespace) -> int:
     from mergeprobe_fast.io.atomic import AtomicFolder
     from mergeprobe_fast.planning.measure import measured_file
     from mergeprobe_fast.planning.plan_types import ACTIONS
+    from mergeprobe_fast.planning.planner import COSTLY
     from mergeprobe_fast.planning.zoo_plan import plan
     from mergeprobe_fast.report.plan import APPLIED_NAME, MEASURE_NAME, print_plan_summary
     from mergeprobe_fast.report.plan import write_plan as write
 
     started = time.perf_counter()
     costs = _costs(options)
-    if options.calibrate_with is not None and options.calibrate_with < 1:
-        raise InputError(f"must be positive, got {options.calibrate_with}", key="--calibrate-with")
+    if options.max_rank is not None and not options.apply:
+        raise InputError("needs --apply: it is of what is written", key="--max-rank")
     if options.apply and options.probes is not None:
         raise InputError("judges unfinished adapters: nothing to merge yet", key="--probes")
     actions = ACTIONS if options.actions is None else tuple(options.actions.split(","))
@@ -100,6 +109,7 @@ def run(options: argparse.Namespace) -> int:
                         zoo, calibration=options.calibration, domains=domains_of(options, zoo),
                         probes=options.probes, at=options.at, model=options.model, costs=costs,
                         actions=actions, measured=options.measured, threads=options.threads,
+                        costly=COSTLY if options.costly is None else options.costly,
                         reading=reading, progress=told,
                     )  # fmt: skip
             except InputError as error:
@@ -111,23 +121,54 @@ def run(options: argparse.Namespace) -> int:
         if options.calibrate_with is not None:
             table = measured_file(found, options.calibrate_with)
             (folder / MEASURE_NAME).write_text(table, encoding="utf-8")
+        served = None
         if options.apply and found.decided:
+            given = {} if options.calibration is None else {"calibration": options.calibration}
             with progress_of(shown, len(found.groups) + 1, "groups") as advance:
-                served = found.apply(folder / APPLIED_NAME, zoo, threads=options.threads,
-                                     progress=advance)  # fmt: skip
-    command = None
-    if options.apply and found.decided:  # it was written under another name
-        command = replace(served, path=options.out / APPLIED_NAME).vllm_command
+                served = found.apply(
+                    folder / APPLIED_NAME, zoo, max_rank=options.max_rank,
+                    threads=options.threads, progress=advance, **given,
+                )  # fmt: skip
+    if served is not None:  # it was written under another name
+        served = replace(served, path=options.out / APPLIED_NAME)
     if shown is None:
-        print_json({**report, "out": str(options.out), "vllm": command})
+        applied = None if served is None else {"notes": list(served.notes)}
+        print_json({**report, "out": str(options.out), "applied": applied,
+                    "vllm": None if served is None else served.vllm_command})  # fmt: skip
     else:
         print_plan_summary(found, shown, options.out)
-        if command is not None:
-            shown.print(command, markup=False, soft_wrap=True)
+        if served is not None:
+            _print_served(served, shown)
         shown.print(f"{time.perf_counter() - started:.1f} s", style="dim")
     if not found.decided:
         return UNDECIDED
     return OK if found.merged else NO
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, got {text!r}")
+        return value
+
+    return read
+
+
+def _print_served(served: Any, shown: Any) -> None:
+    from rich.text import Text
+
+    from mergeprobe_fast.report.terminal import View
+
+    for note in served.notes:
+        line = Text(View(shown).clean(note), overflow="fold")
+        shown.print(Text("note: ", style="yellow") + line)
+    if served.vllm_command is not None:
+        shown.print("to serve them, as applied/vllm.sh does:", style="dim")
+        shown.print(served.vllm_command, markup=False, soft_wrap=True)
 
 
 def _costs(options: argparse.Namespace) -> Any:
@@ -152,19 +193,23 @@ def _costs(options: argparse.Namespace) -> Any:
 
 def _check_replaced(options: argparse.Namespace) -> None:
     """Only what this command wrote, or an empty folder, may be replaced."""
+    from mergeprobe_fast.planning.artefacts import CONTENTS as APPLIED
     from mergeprobe_fast.report.plan import APPLIED_NAME, CONTENTS, MEASURE_NAME
 
     if not options.out.is_dir():
         return
-    known = {*CONTENTS, MEASURE_NAME, APPLIED_NAME}
-    present = sorted(path.name for path in options.out.iterdir())
-    foreign = [name for name in present if name not in known]
-    if foreign:
-        raise InputError(f"holds {foreign[0]!r}, which this command does not write; "
-                         "not overwritten", path=options.out)  # fmt: skip
-    if present and CONTENTS[0] not in present:
-        raise InputError(f"has no {CONTENTS[0]}: not a result of this command; not overwritten",
-                         path=options.out)  # fmt: skip
+    for folder, known in (
+        (options.out, {*CONTENTS, MEASURE_NAME, APPLIED_NAME}),
+        (options.out / APPLIED_NAME, {*APPLIED}),
+    ):
+        present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        foreign = [name for name in present if name not in known]
+        if foreign:
+            raise InputError(f"holds {foreign[0]!r}, which this command does not write; "
+                             "not overwritten", path=folder)  # fmt: skip
+        if folder == options.out and present and CONTENTS[0] not in present:
+            raise InputError(f"has no {CONTENTS[0]}: not a result of this command; not overwritten",
+                             path=folder)  # fmt: skip
 
 
 def _reading(shown: Any, zoo: Any) -> Any:

@@ -34,6 +34,11 @@ class Verdict:
         return self.price < NEVER
 
     @property
+    def known(self) -> bool:
+        """Whether every member has a prediction to rely on."""
+        return bool(np.isfinite(self.retention).all() and not self.outside.any())
+
+    @property
     def worst(self) -> float:
         """The least retention; -inf where one is unknown."""
         return float(np.where(np.isfinite(self.retention), self.retention, -np.inf).min())
@@ -230,7 +235,9 @@ class Book:
     def closest(self, members: Set) -> Verdict | None:
         """The action that leaves most to the worst member, allowed or not; None: nothing known."""
         found = self.verdicts(members)
-        return max(found, key=lambda v: (not v.outside.any(), v.worst), default=None)
+        if len(found) < 2:
+            return found[0] if found else None
+        return max(found, key=lambda v: (not v.outside.any(), v.worst))
 
     def knows(self, members: Set, actions: Sequence[str]) -> bool:
         """Whether all these actions were asked for."""

@@ -123,8 +123,7 @@ def _adjusted(book: Book, members: tuple[int, ...]) -> np.ndarray:
 
 
 def _decided(book: Book, members: tuple[int, ...]) -> bool:
-    return any(np.isfinite(v.retention).all() and not v.outside.any()
-               for v in book.verdicts(members))  # fmt: skip
+    return any(v.known for v in book.verdicts(members))
 
 
 def unavailable(book: Book) -> list[str]:

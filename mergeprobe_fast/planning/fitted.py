@@ -15,6 +15,7 @@ from mergeprobe_fast.planning.measure import RANGE, Measured
 COVERAGE = 0.9
 _AFFINE_FROM = 4  # labels for an offset and a slope
 _ISOTONIC_FROM = 30  # labels for a curve of any shape
+_SAME = 1e-6  # of weights, relative: a spreadsheet may have rounded them
 _PRIOR = 4.0  # labels that the prediction as it is counts as
 _FIELDS = ("retention", "low", "high", "outside", "weights")
 
@@ -25,6 +26,7 @@ class _Remembers:
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
         self.unavailable, self.level = judge.unavailable, judge.level
+        self.calibrated, self.coverage = judge.calibrated, judge.coverage
         self._said: dict[tuple[str, frozenset[int]], dict[int, tuple[Any, ...]]] = {}
 
     def first(self, members: np.ndarray, action: str) -> Judged:
@@ -36,6 +38,29 @@ class _Remembers:
                 for at, i in enumerate(own) if i >= 0
             }  # fmt: skip
         return said
+
+    def predicted(
+        self, sets: list[tuple[int, ...]], action: str, weights: list[tuple[float, ...] | None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Retention and whether to rely on it, (sets, widest), of merges as they were made.
+
+        With the weights that the action takes, or with those given where they are others.
+        """
+        members = padded(sets)
+        said = self.first(members, action)
+        kept, known = said.retention.copy(), np.isfinite(said.retention) & ~said.outside
+        for row, (own, given) in enumerate(zip(sets, weights, strict=True)):
+            size = len(own)
+            if given is None or np.allclose(said.weights[row, :size], given, rtol=_SAME, atol=0):
+                continue
+            weighted = getattr(self._judge, "weighted", None)
+            if weighted is None:
+                raise InputError(f"{action} of {size} with other weights than it takes",
+                                 key="measured")  # fmt: skip
+            one = weighted(members[row : row + 1, :size], np.array([given], np.float64))
+            kept[row, :size] = one.retention[0]
+            known[row, :size] = np.isfinite(one.retention[0]) & ~one.outside[0]
+        return kept, known
 
     def judge(self, members: np.ndarray, action: str) -> Judged:
         """What it said or says."""
@@ -57,9 +82,12 @@ class _Remembers:
 
 
 class FittedJudge:
-    """A judge whose retention went through a curve, with intervals from what it missed."""
+    """A judge whose retention went through a curve, with intervals from what it missed.
 
-    calibrated = True
+    ``miss``: what they reach to both sides; None: there are too few labels to tell. Then the
+    judge's own, if it has any, are widened to where the curve takes them, and a judge that was not
+    calibrated is still none.
+    """
 
     def __init__(
         self, judge: _Remembers, curve: Callable[[np.ndarray], np.ndarray], miss: float | None,
@@ -67,16 +95,21 @@ class FittedJudge:
     ) -> None:  # fmt: skip
         self._judge, self._curve, self._miss = judge, curve, miss
         self.unavailable, self.level = judge.unavailable, judge.level
-        self.coverage = None if miss is None else COVERAGE
+        self.coverage = judge.coverage if miss is None else COVERAGE
+        self.calibrated = judge.calibrated or miss is not None
         self.reason = reason
 
     def judge(self, members: np.ndarray, action: str) -> Judged:
         """As the judge says, fitted to what was measured."""
         said = self._judge.judge(members, action)
         kept = np.clip(self._curve(said.retention), *RANGE)
-        off = math.nan if self._miss is None else self._miss
-        return Judged(kept, np.clip(kept - off, *RANGE), np.clip(kept + off, *RANGE), said.outside,
-                      said.weights)  # fmt: skip
+        if self._miss is None:
+            low = np.minimum(said.low, self._curve(said.low))
+            high = np.maximum(said.high, self._curve(said.high))
+        else:
+            low, high = kept - self._miss, kept + self._miss
+        low, high = (np.clip(end, *RANGE) for end in (low, high))
+        return Judged(kept, low, high, said.outside, said.weights)
 
 
 def fitted(judge: Judge, measured: Measured) -> FittedJudge:
@@ -86,7 +119,8 @@ def fitted(judge: Judge, measured: Measured) -> FittedJudge:
     towards the prediction as it is, which counts as 4 labels; from 30, a curve that does not fall
     (isotonic). Intervals are conformal: the distance from labels that is exceeded by one in ten,
     each label predicted from a fit without its merge, so that members of one merge do not vouch for
-    each other. With less than 9 labels no interval of 90 % can be had, and none is claimed.
+    each other. With less than 9 labels no interval of 90 % can be had from them. Where the judge
+    abstains, labels are left out.
 
     Raises:
         InputError: an action that cannot be judged here; no measured merge that can be predicted.
@@ -97,11 +131,14 @@ def fitted(judge: Judge, measured: Measured) -> FittedJudge:
         if action in judge.unavailable:
             raise InputError(f"{action} needs {judge.unavailable[action]}", key="measured")
         which = [k for k, a in enumerate(measured.actions) if a == action]
-        said = judge.first(padded([measured.members[k] for k in which]), action)
+        kept, known = judge.predicted(
+            [measured.members[k] for k in which], action,
+            [measured.weights[k] if measured.weights else None for k in which],
+        )  # fmt: skip
         for row, k in enumerate(which):
             for place, label in enumerate(measured.retention[k]):
-                if math.isfinite(label) and np.isfinite(said.retention[row, place]):
-                    predicted.append(said.retention[row, place])
+                if math.isfinite(label) and known[row, place]:
+                    predicted.append(kept[row, place])
                     labels.append(label)
                     group.append(k)
     if not labels:
@@ -117,6 +154,8 @@ def fitted(judge: Judge, measured: Measured) -> FittedJudge:
     miss = float(np.sort(missed)[place - 1]) if place <= len(y) else None
     merges = len(np.unique(of))
     reason = f"fitted to {len(y)} measured members of {merges} merge{'s' if merges > 1 else ''}"
+    if miss is None:
+        reason += ", too few to tell how far off it is"
     return FittedJudge(judge, curve, miss, reason)
 
 

@@ -10,11 +10,13 @@ import numpy as np
 from mergeprobe_fast.merges import MergeTables, best_weights
 from mergeprobe_fast.merging import MERGE_METHODS, merge
 from mergeprobe_fast.planning.judging import Judged, padded
+from mergeprobe_fast.predict.columns import score
+from mergeprobe_fast.predict.predictor import UNCALIBRATED
 from mergeprobe_fast.zoo import Zoo
 
 if TYPE_CHECKING:
     from mergeprobe_fast.merging.adapter import MergedAdapter
-    from mergeprobe_fast.predict import Prediction, RetentionPredictor
+    from mergeprobe_fast.predict.predictor import Prediction, RetentionPredictor
 
 # Weights that each action may take; of every set, those that leave most to the worst member.
 WEIGHTS = {"merge": ("one", "mean"), "reweight": ("minimax", "reweighted")}
@@ -50,11 +52,16 @@ class PredictorJudge:
                 self.unavailable[action] = "finished adapters"
             elif METHODS[action] not in MERGE_METHODS:
                 self.unavailable[action] = f"a merge method that does it ({METHODS[action]})"
-        # What answers here, and how sure it is of itself, is the same for all sets.
-        first = np.array([[0, min(1, len(tables.zoo) - 1)]], np.int32)
-        said = self._predict(tables.features(first, np.ones((1, 2))))
+        # What answers here, and how sure it is of itself, is the same for all sets: whatever does
+        # when every adapter stands beside its neighbour.
+        each = np.arange(len(tables.zoo), dtype=np.int32)
+        ring = np.column_stack([each, np.roll(each, -1)])
+        self._witness: dict[str, np.ndarray] = {}
+        columns = tables.features(ring, np.ones(ring.shape))
+        said = self._predict(columns)
         self.level, self.calibrated, self.reason = said.level, said.calibrated, said.reason
         self.coverage = float(said.coverage) if np.isfinite(said.coverage) else None
+        self._witness = _witness(columns, said)
 
     def judge(self, members: np.ndarray, action: str) -> Judged:
         """What ``action`` would leave of the members of sets, (sets, widest)."""
@@ -69,8 +76,12 @@ class PredictorJudge:
             weights = np.where(there, 1.0 / size, np.nan)
         else:
             weights = np.where(there, best_weights(self.tables, members, name), np.nan)
+        return self.weighted(members, weights)
+
+    def weighted(self, members: np.ndarray, weights: np.ndarray) -> Judged:
+        """What sums with these ``weights`` would leave of the members of sets, (sets, widest)."""
         # A member that is zero on its own inputs has no best weights: nothing is known then.
-        known = (np.isfinite(weights) | ~there).all(axis=1, keepdims=True)
+        known = (np.isfinite(weights) | (members < 0)).all(axis=1, keepdims=True)
         columns = self.tables.features(members, np.nan_to_num(weights))
         columns = {n: np.where(known, values, np.nan) for n, values in columns.items()}
         return self._judged(columns, weights)
@@ -94,13 +105,30 @@ class PredictorJudge:
 
     def _judged(self, columns: dict[str, np.ndarray], weights: np.ndarray) -> Judged:
         said = self._predict(columns)
-        return Judged(said.retention, said.low, said.high, said.outside, weights)
+        count, shape = weights.size, weights.shape
+        return Judged(*(getattr(said, f)[:count].reshape(shape) for f in _FIELDS[:4]), weights)
 
     def _predict(self, columns: dict[str, np.ndarray]) -> Prediction:
-        return self.predictor.predict(columns, early=self.early, **self._base)
+        asked = columns
+        if self._witness:
+            asked = {n: np.append(columns[n].ravel(), v) for n, v in self._witness.items()}
+        return self.predictor.predict(asked, early=self.early, **self._base)
 
 
 _FIELDS = ("retention", "low", "high", "outside", "weights")
+
+
+def _witness(columns: dict[str, np.ndarray], said: Prediction) -> dict[str, np.ndarray]:
+    """Rows to ask along, so that the same level or closed form answers for every batch of sets.
+
+    A predictor goes by which columns are known in any row of a batch, a closed form by which is
+    known in most: sets without, judged by themselves, would get another scale than the rest.
+    """
+    if said.level == UNCALIBRATED:
+        form = [n for n in columns if (w := score({n: columns[n]})[1]) and w in said.reason]
+        columns = {n: columns[n] for n in form[:1]}
+    known = {n: values[np.isfinite(values)] for n, values in columns.items()}
+    return {n: values[:1] if values.size else np.full(1, np.nan) for n, values in known.items()}
 
 
 def _better(both: Sequence[Judged], members: np.ndarray) -> Judged:

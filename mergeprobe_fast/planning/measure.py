@@ -16,7 +16,7 @@ import numpy as np
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.planning.book import Book, Set, Verdict
-from mergeprobe_fast.planning.judge import METHODS
+from mergeprobe_fast.planning.judge import METHODS, WEIGHTS
 
 COLUMNS = ("members", "operator", "weights", "member", "base", "single", "merged")
 RANGE = (-1.0, 1.2)  # of retention: beyond, a merge is as bad, or as good, as it gets
@@ -47,7 +47,8 @@ def choose(book: Book, groups: Sequence[Set], count: int) -> list[Candidate]:
     greedy choice under such a discount is the usual approximation to the best set, which is hard.
 
     Candidates are the sets that the planner had judged, up to some thousand of the nearest to the
-    floor; the first of equals is taken, so that the choice is the same every time.
+    floor; the first of equals is taken, so that the choice is the same every time. Where the
+    predictor abstains there are none: a measurement would not make it answer.
     """
     if count < 1:
         raise InputError(f"must be positive, got {count}", key="calibrate-with")
@@ -55,12 +56,12 @@ def choose(book: Book, groups: Sequence[Set], count: int) -> list[Candidate]:
     pool: dict[Set, Candidate] = {}
     for ranks in [*own, *book.known_sets()]:
         verdict = book.best(ranks) or book.closest(ranks)
-        if ranks in pool or verdict is None or not np.isfinite(verdict.retention).all():
+        if ranks in pool or verdict is None or not verdict.known:
             continue
         pool[ranks] = Candidate(ranks, verdict, _telling(verdict, book.costs.floor, ranks in own))
     ranked = sorted(pool.values(), key=lambda c: (-c.telling, len(c.ranks), c.ranks))[:_POOL]
     if not ranked:
-        raise InputError("nothing was judged that could be measured", key="calibrate-with")
+        raise InputError("no merge was predicted that could be measured", key="calibrate-with")
     value = np.array([c.telling for c in ranked])
     overlap = np.zeros(len(ranked))
     chosen: list[Candidate] = []
@@ -108,11 +109,16 @@ def _joined(members: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """Retention of members of merges that were evaluated; members are indices of a zoo."""
+    """Retention of members of merges that were evaluated; members are indices of a zoo.
+
+    ``weights``, of each merge in the order of its members, are what it was made with; None: those
+    that its action takes. Empty: None for all.
+    """
 
     members: tuple[tuple[int, ...], ...]
     actions: tuple[str, ...]
     retention: tuple[tuple[float, ...], ...]  # NaN where it was not measured
+    weights: tuple[tuple[float, ...] | None, ...] = ()
 
     @property
     def labels(self) -> int:
@@ -131,7 +137,7 @@ def read_measured(path: str | os.PathLike[str], names: Sequence[str]) -> Measure
     """
     rows = _rows(Path(path))
     index = {name: i for i, name in enumerate(names)}
-    merges: dict[tuple[str, tuple[int, ...]], dict[int, float]] = {}
+    merges: dict[tuple[str, tuple[int, ...], tuple[float, ...] | None], dict[int, float]] = {}
     for line, row in rows:
         def refuse(reason: str, column: str, line: int = line) -> InputError:
             return InputError(reason, path=path, key=f"line {line}: {column}")
@@ -140,25 +146,29 @@ def read_measured(path: str | os.PathLike[str], names: Sequence[str]) -> Measure
         key = tuple(sorted(members))
         if len(set(key)) != len(key) or len(key) < 2:
             raise refuse("expected at least two different adapters", "members")
-        action = row["operator"]
+        action = row["operator"].strip()
         if action not in METHODS:
             raise refuse(f"{action!r} is none of {', '.join(METHODS)}", "operator")
-        member = index.get(row["member"])
+        weights = _weights(row["weights"].strip(), members, refuse)
+        if weights is not None and action not in WEIGHTS:
+            raise refuse(f"{action} takes none", "weights")
+        shown = row["member"]
+        member = index.get(shown, index.get(shown.strip()))
         if member not in key:
-            raise refuse(f"{row['member']!r} is not among the members", "member")
+            raise refuse(f"{shown!r} is not among the members", "member")
         kept = _retention(row, refuse)
         if kept is None:
             continue
-        own = merges.setdefault((action, key), {})
+        own = merges.setdefault((action, key, weights), {})
         if member in own:
-            raise refuse(f"{row['member']!r} was measured in this merge before", "member")
+            raise refuse(f"{shown!r} was measured in this merge before", "member")
         own[member] = kept
     if not merges:
         raise InputError("no row is filled in: base, single and merged", path=path)
-    keys = list(merges)
     return Measured(
-        tuple(k[1] for k in keys), tuple(k[0] for k in keys),
-        tuple(tuple(merges[k].get(i, math.nan) for i in k[1]) for k in keys),
+        tuple(members for _, members, _ in merges), tuple(action for action, _, _ in merges),
+        tuple(tuple(own.get(i, math.nan) for i in k[1]) for k, own in merges.items()),
+        tuple(weights for _, _, weights in merges),
     )  # fmt: skip
 
 
@@ -179,7 +189,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
                 if len(row) != len(head):
                     raise InputError(f"has {len(row)} cells, not {len(head)}", path=path,
                                      key=f"line {reader.line_num}")  # fmt: skip
-                out.append((reader.line_num, dict(zip(head, map(str.strip, row), strict=True))))
+                out.append((reader.line_num, dict(zip(head, row, strict=True))))
                 if len(out) > _MOST:
                     raise InputError(f"has more than {_MOST} rows", path=path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -189,7 +199,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _split(cell: str, refuse: Callable[[str, str], InputError]) -> list[str]:
-    if not cell.startswith("["):
+    if not cell.lstrip().startswith("["):
         return [part.strip() for part in cell.split("+")]
     try:
         found = json.loads(cell)
@@ -200,6 +210,21 @@ def _split(cell: str, refuse: Callable[[str, str], InputError]) -> list[str]:
     return found
 
 
+def _weights(
+    cell: str, members: Sequence[int], refuse: Callable[[str, str], InputError]
+) -> tuple[float, ...] | None:
+    """In the order of the ascending members; None for an empty cell."""
+    if not cell:
+        return None
+    try:
+        found = [float(part) for part in cell.split("+")]
+    except ValueError:
+        found = []
+    if len(found) != len(members) or not np.isfinite(found).all():
+        raise refuse(f"expected {len(members)} numbers with a + between, got {cell!r}", "weights")
+    return tuple(weight for _, weight in sorted(zip(members, found, strict=True)))
+
+
 def _known(name: str, index: dict[str, int], refuse: Callable[[str, str], InputError]) -> int:
     if name not in index:
         raise refuse(f"no adapter {name!r} in the zoo", "members")
@@ -207,7 +232,7 @@ def _known(name: str, index: dict[str, int], refuse: Callable[[str, str], InputE
 
 
 def _retention(row: dict[str, str], refuse: Callable[[str, str], InputError]) -> float | None:
-    given = [row[c] for c in ("base", "single", "merged")]
+    given = [row[c].strip() for c in ("base", "single", "merged")]
     if not any(given):
         return None
     numbers = []

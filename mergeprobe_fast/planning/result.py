@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.io.formats import open_adapter
 from mergeprobe_fast.planning.book import Book
 from mergeprobe_fast.planning.costs import Costs
 from mergeprobe_fast.planning.plan_types import Group
@@ -96,8 +97,8 @@ class Plan:
 
     @property
     def outcome(self) -> Outcome:
-        """What all adapters keep, and what it costs."""
-        kept = [r for g in self.groups for r in (g.retention or (1.0,))]
+        """What all adapters keep, and what it costs; those of a file that are unknown left out."""
+        kept = [r for g in self.groups for r in (g.retention or (1.0,)) if r is not None]
         return Outcome(len(self.groups), self.cost, float(np.mean(kept)) if kept else 1.0,
                        min(kept, default=1.0), self.costs.floor)  # fmt: skip
 
@@ -130,5 +131,6 @@ class Plan:
         options.setdefault("calibration", self.calibration)
         if options["calibration"] is not None:
             options.setdefault("domains", {a.name: a.domain for a in self.adapters if a.domain})
-        opened = as_zoo([a.path for a in self.adapters] if zoo is None else zoo)
-        return apply_plan(self, opened, folder, **options)
+        if zoo is None:
+            zoo = Zoo([open_adapter(a.path, name=a.name) for a in self.adapters], same_base=True)
+        return apply_plan(self, as_zoo(zoo), folder, **options)

@@ -89,7 +89,11 @@ def build_router(
         min(TOP_K, len(zoo)), TEMPERATURE,
         requests.calibration.info.skip_first if requests else SKIP_FIRST, ARROW, None, {}, 0,
     )  # fmt: skip
-    notes = [] if rows else ["no linear module is adapted: there are no prototypes"]
+    notes = ["no linear module is adapted: there are no prototypes"]
+    if rows:
+        known = np.any([values.any(axis=1) for values in rows.values()], axis=0)
+        lacks = [a.name for a, there in zip(zoo, known, strict=True) if not there]
+        notes = [f"{name} has no prototype: arrow never picks it" for name in lacks]
     if requests is not None:
         info = _measured(info, tensors, zoo, requests, notes)
     return replace(info, notes=tuple(notes)), tensors

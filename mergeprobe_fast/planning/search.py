@@ -12,15 +12,23 @@ from itertools import combinations
 import numpy as np
 
 from mergeprobe_fast.planning.book import Book, Exhausted, Set
+from mergeprobe_fast.planning.changes import (
+    PARTNERS,
+    Change,
+    moves,
+    singles,
+    splits,
+    sums,
+    swaps,
+    union,
+    unions,
+    without,
+)
 from mergeprobe_fast.planning.costs import NEVER
 
-_PARTNERS = 8  # groups that are tried as partners of each
 _AT_ONCE = 8  # one in so many groups is merged in one step from the bottom up
-_SWAPS = 2  # exchanges that are tried, for each adapter
 _KICKS = 10  # in a row that did not help, until it is good enough
 _LEAVE = 12  # one in so many members leaves a set that is not allowed
-
-Change = tuple[tuple[Set, ...], tuple[Set, ...]]  # groups, and what they become
 
 
 class Search:
@@ -47,7 +55,7 @@ class Search:
         self._improved(alone)
         found = alone
         price = self.book.price
-        apart = [p for g in start for p in ([g] if price(g) < NEVER else _singles(g))]
+        apart = [p for g in start for p in ([g] if price(g) < NEVER else singles(g))]
         starts = [self._from_the_top, self._from_the_bottom] if not start else [lambda _: apart]
         for begin in starts:
             if self.proven(found):
@@ -66,7 +74,7 @@ class Search:
         failed = 0
         while failed < _KICKS and len(found) > 1 and not self.done and not self.proven(found):
             apart = set(random.choice(len(found), min(3, len(found)), replace=False).tolist())
-            groups = [p for k, g in enumerate(found) for p in (_singles(g) if k in apart else [g])]
+            groups = [p for k, g in enumerate(found) for p in (singles(g) if k in apart else [g])]
             groups = self._local(groups)
             failed += 1
             if self.book.total(groups) < self.book.total(found):
@@ -90,17 +98,17 @@ class Search:
             if kept is None:
                 break
             top.append(kept)
-            rest = _without(rest, kept)
+            rest = without(rest, kept)
         left = [tuple(i for i in g if i in rest) for g in groups]
         left = [g for g in left if g]
         self.done = False
         self._ask(left)
         price = self.book.price
-        left = [p for g in left for p in ([g] if price(g) < NEVER else _singles(g))]
+        left = [p for g in left for p in ([g] if price(g) < NEVER else singles(g))]
         found = min(groups, [*top, *left], key=self.book.total)
         self.done = False
         while not self.done and self._step(
-            found, self._unions(found, 2), most=1, actions=actions, each=True
+            found, unions(self._between, found, 2), most=1, actions=actions, each=True
         ):
             self._improved(found)
         for g in sorted(found, key=len, reverse=True):
@@ -114,7 +122,7 @@ class Search:
         """Unite the groups that save most, some at a time."""
         found = list(groups)
         while not self.done and self._step(
-            found, self._unions(found), most=max(1, len(found) // _AT_ONCE)
+            found, unions(self._between, found), most=max(1, len(found) // _AT_ONCE)
         ):
             pass
         return found
@@ -127,8 +135,8 @@ class Search:
             if kept is None:
                 break
             found.append(kept)
-            rest = _without(rest, kept)
-        return found + _singles(rest)
+            rest = without(rest, kept)
+        return found + singles(rest)
 
     def _largest(self, members: Set, actions: Sequence[str]) -> Set | None:
         """A large allowed subset: those leave first who lose most and who take most from others."""
@@ -153,12 +161,12 @@ class Search:
 
     def _local(self, groups: list[Set]) -> list[Set]:
         """Moves of members, unions, exchanges, splits and dissolved groups, while any helps."""
-        kinds = (self._moves, self._unions, self._swaps, self._splits)
+        kinds = (moves, unions, swaps, splits)
         better = True
         while better and not self.done:
             better = False
             for kind in kinds:
-                while not self.done and self._step(groups, kind(groups)):
+                while not self.done and self._step(groups, kind(self._between, groups)):
                     better = True
             better |= self._dissolve(groups)
         return groups
@@ -209,71 +217,6 @@ class Search:
         except Exhausted:
             self.done = True
 
-    def _unions(self, groups: Sequence[Set], partners: int = _PARTNERS) -> list[Change]:
-        """Each group with those that it harms, and that harm it, least per member."""
-        if len(groups) < 2:
-            return []
-        size = np.array([len(g) for g in groups])
-        cost = _sums(_sums(self._between, groups).T, groups) / (size[:, None] + size)
-        np.fill_diagonal(cost, np.inf)
-        order = np.argsort(cost, axis=1, kind="stable")[:, : min(partners, len(groups) - 1)]
-        pairs = {tuple(sorted((g, int(h)))) for g, row in enumerate(order) for h in row}
-        ranked = sorted(pairs, key=lambda p: (cost[p], p))
-        return [((groups[g], groups[h]), (_union(groups[g], groups[h]),)) for g, h in ranked]
-
-    def _moves(self, groups: Sequence[Set]) -> list[Change]:
-        """Each member to the groups where it does least harm, or to none."""
-        size = np.array([len(g) for g in groups])
-        cost = _sums(self._between, groups) / (size + 1)
-        order = np.argsort(cost, axis=1, kind="stable")
-        changes: list[Change] = []
-        for g, own in enumerate(groups):
-            for i in own if len(own) > 1 else ():
-                left = _without(own, (i,))
-                changes.append(((own,), (left, (i,))))
-                for h in [int(h) for h in order[i] if h != g][:_PARTNERS]:
-                    changes.append(((own, groups[h]), (left, _union(groups[h], (i,)))))
-        return changes
-
-    def _swaps(self, groups: Sequence[Set]) -> list[Change]:
-        """Exchanges of two members that spare most, by what pairs do to each other."""
-        if len(groups) < 2:
-            return []
-        of = np.empty(self.count, np.int64)
-        for g, own in enumerate(groups):
-            of[list(own)] = g
-        size = np.array([len(g) for g in groups])
-        there = _sums(self._between, groups)
-        now = there[np.arange(self.count), of]
-        # i in the place of j: what i meets there without j.
-        cost = there[:, of] - self._between - now[:, None]
-        cost = cost + cost.T
-        i, j = np.triu_indices(self.count, 1)
-        apart = (of[i] != of[j]) & ((size[of[i]] > 1) | (size[of[j]] > 1))
-        i, j = i[apart], j[apart]
-        order = np.argsort(cost[i, j], kind="stable")[: _SWAPS * self.count]
-        changes: list[Change] = []
-        for a, b in zip(i[order].tolist(), j[order].tolist(), strict=True):
-            g, h = groups[of[a]], groups[of[b]]
-            new = _union(_without(g, (a,)), (b,)), _union(_without(h, (b,)), (a,))
-            changes.append(((g, h), new))
-        return changes
-
-    def _splits(self, groups: Sequence[Set]) -> list[Change]:
-        """Each group in two, around the two members that harm each other most."""
-        changes: list[Change] = []
-        for own in groups:
-            if len(own) < 3:  # a member that leaves two is a move
-                continue
-            at = np.array(own)
-            between = self._between[np.ix_(at, at)]
-            one, other = np.unravel_index(int(between.argmax()), between.shape)
-            nearer = between[:, one] <= between[:, other]
-            nearer[one], nearer[other] = True, False
-            parts = tuple(at[nearer].tolist()), tuple(at[~nearer].tolist())
-            changes.append(((own,), parts))
-        return changes
-
     def _dissolve(self, groups: list[Set]) -> bool:
         """Give the members of a group to the others, one after the other; small groups first.
 
@@ -284,40 +227,22 @@ class Search:
             if own not in groups or self.done or len(groups) < 2:
                 continue
             others = [g for g in groups if g != own]
-            before = self.book.total(groups)
+            saved = self.book.price(own)
             for i in own:
                 size = np.array([len(g) for g in others])
-                cost = _sums(self._between[[i]], others)[0] / (size + 1)
-                tried = np.argsort(cost, kind="stable")[:_PARTNERS].tolist()
-                unions = [_union(others[h], (i,)) for h in tried]
-                self._ask(unions)
+                cost = sums(self._between[[i]], others)[0] / (size + 1)
+                tried = np.argsort(cost, kind="stable")[:PARTNERS].tolist()
+                joined = [union(others[h], (i,)) for h in tried]
+                self._ask(joined)
                 added = [self.book.price(u) - self.book.price(others[h])
-                         for u, h in zip(unions, tried, strict=True)]  # fmt: skip
-                least = int(np.argmin(added))
-                if added[least] < self.book.price((i,)):
-                    others[tried[least]] = unions[least]
+                         for u, h in zip(joined, tried, strict=True)]  # fmt: skip
+                least, alone = int(np.argmin(added)), self.book.price((i,))
+                if added[least] < alone:
+                    others[tried[least]] = joined[least]
                 else:
                     others.append((i,))
-            if self.book.total(others) < before:
+                saved -= min(added[least], alone)
+            if saved > 0:
                 groups[:] = sorted(others)
                 better = True
         return better
-
-
-def _sums(rows: np.ndarray, groups: Sequence[Set]) -> np.ndarray:
-    """(…, groups): sums of the columns of each group; the same on any number of threads."""
-    order = [i for g in groups for i in g]
-    starts = np.cumsum([0, *map(len, groups[:-1])])
-    return np.add.reduceat(rows[:, order], starts, axis=1)
-
-
-def _union(one: Set, other: Set) -> Set:
-    return tuple(sorted((*one, *other)))
-
-
-def _without(members: Set, gone: Set) -> Set:
-    return tuple(i for i in members if i not in gone)
-
-
-def _singles(members: Set) -> list[Set]:
-    return [(i,) for i in members]

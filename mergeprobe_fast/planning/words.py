@@ -83,7 +83,7 @@ def routed_reasons(
             tried.append((verdict, union, label, group))
     if not tried:
         return ("it is the only adapter" if len(groups) == 1 else "nothing was judged",)
-    known = [t for t in tried if not t[0].outside.any() and np.isfinite(t[0].retention).all()]
+    known = [t for t in tried if t[0].known]
     if not known:
         return ("no prediction for any group it could join: outside what the model has seen",)
     # The group where most is left, and of equals the first.

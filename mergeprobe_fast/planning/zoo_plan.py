@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from os.path import abspath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,11 +97,10 @@ def plan(
         known = measured if isinstance(measured, Measured) else read_measured(measured, zoo.names)
         judge = fitted(judge, known)
         reason = judge.reason
-    where = None if recorded.calibration is None else text(recorded.calibration.path)
-    adapters = [
-        PlannedAdapter(a.name, text(a.path), recorded.domains[i] if recorded.domains else None)
-        for i, a in enumerate(zoo)
-    ]
+    where = None if recorded.calibration is None else text(abspath(recorded.calibration.path))
+    domain_of = recorded.domains or (None,) * len(zoo)
+    adapters = [PlannedAdapter(a.name, text(abspath(a.path)), domain)
+                for a, domain in zip(zoo, domain_of, strict=True)]  # fmt: skip
     notes = (*(f"left out: {s.reason}" for s in zoo.skipped), *zoo.notes, *recorded.notes)
     return make_plan(
         judge, adapters, chosen, actions, base_model=zoo.base_model, calibration=where,
@@ -223,7 +223,7 @@ def _one_sum(book: Book, everyone: Set) -> Outcome | None:
     book.effort = None  # one set more
     book.ask([everyone], ["merge"])
     verdict = book.verdict(everyone, "merge")
-    if not np.isfinite(verdict.retention).all() or verdict.outside.any():
+    if not verdict.known:
         return None
     lost = verdict.lost
     weighted = len(everyone) * float((book.shares * lost).sum())
@@ -265,8 +265,7 @@ def _outcomes(
 
 def _decided(book: Book) -> bool:
     """Whether anything was predicted at all."""
-    return any(np.isfinite(v.retention).all() and not v.outside.any()
-               for s in book.known_sets() for v in book.verdicts(s))  # fmt: skip
+    return any(v.known for s in book.known_sets() for v in book.verdicts(s))
 
 
 def _pairs(book: Book, names: Sequence[str]) -> PairTable:
