@@ -179,8 +179,9 @@ DOMAINS: dict[str, Callable[[random.Random], Item]] = {
 }
 
 
-def _is_held_out(item: Item) -> bool:
-    return zlib.crc32(item.key.encode()) % HELD_OUT_SHARE == 0
+def is_held_out(key: str) -> bool:
+    """Which side the items of a key are on."""
+    return zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0
 
 
 def draw_items(domain: str, count: int, seed: int, *, held_out: bool) -> list[Item]:
@@ -189,7 +190,7 @@ def draw_items(domain: str, count: int, seed: int, *, held_out: bool) -> list[It
     chosen: dict[str, Item] = {}
     for _ in range(1000 * count):
         item = draw(rng)
-        if _is_held_out(item) == held_out:
+        if is_held_out(item.key) == held_out:
             chosen.setdefault(item.prompt, item)
             if len(chosen) == count:
                 return list(chosen.values())

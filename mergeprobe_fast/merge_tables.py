@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,30 +18,17 @@ from mergeprobe_fast.features.merge_columns import (
     OWN,
     level_columns,
 )
-from mergeprobe_fast.features.merge_declare import AtPoint, Level, MemberValues, Products
-from mergeprobe_fast.features.points import columns_of, trained_point
-from mergeprobe_fast.io.points import LABELS
+from mergeprobe_fast.features.merge_declare import Level, MemberValues, Products
+from mergeprobe_fast.features.merge_slopes import Slopes, at_point, slopes_of
+from mergeprobe_fast.features.points import trained_point
 from mergeprobe_fast.merging.adapter import MergedAdapter
 from mergeprobe_fast.merging.span import bordered_grams
 from mergeprobe_fast.recorded import NOTHING, Recorded, lacks_output_moments
 from mergeprobe_fast.screening import adapter_table
 from mergeprobe_fast.zoo import Zoo
 
-if TYPE_CHECKING:
-    from mergeprobe_fast.io.points import Points
-
 _BATCH_VALUES = 4_000_000
 _RIDGE = 1e-10  # of each Gram's diagonal, where a merge is looked for among its members
-
-
-@dataclass(frozen=True, eq=False)
-class _Slopes:
-    """Derivatives at one kind of point, victims first; NaN where unknown."""
-
-    first: np.ndarray  # (N, N) mean over texts, labels the data's
-    model: np.ndarray  # (N, texts, N) root of the text's label tokens times it, model's labels
-    data: np.ndarray  # the same with the data's labels
-    texts: np.ndarray  # (N,) how many are known; both are 0 beyond
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +42,8 @@ class MergeTables:
     recorded: Recorded
     totals: Totals
     domain_of: np.ndarray | None  # (N,) row of totals.inputs
-    trained: _Slopes | None
-    base: _Slopes | None
+    trained: Slopes | None
+    base: Slopes | None
     own: Mapping[str, np.ndarray]  # (N,) numbers of single adapters, by their names
     threads: int
 
@@ -66,6 +53,19 @@ class MergeTables:
         if self.domain_of is None:
             return "weights"
         return "calibration" if self.trained is None else "points"
+
+    @property
+    def base_model(self) -> str | None:
+        """What the adapters are of, as they or the calibration name it."""
+        calibration = self.recorded.calibration
+        named = None if calibration is None else calibration.info.base_model
+        return self.zoo.base_model or named
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of that model's configuration, as the calibration has it."""
+        calibration = self.recorded.calibration
+        return None if calibration is None else calibration.info.config_sha256
 
     def features(self, members: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Columns of the merges ``sum_j w_j W_j``, each (sets, widest) float64.
@@ -115,9 +115,10 @@ class MergeTables:
                     out[name][s, :k] = MERGE_FEATURES[name].finish(values)
                 share = self._shares(own, np.ones(own.shape) if weights is None else weights[s, :k])
                 for c in OWN:
+                    number = self.own[c.name][own]
                     if MEMBER + c.name in out:
-                        number = self.own[c.name][own]
                         out[MEMBER + c.name][s, :k] = number
+                    if OTHERS + c.name in out:
                         out[OTHERS + c.name][s, :k] = (share * number[:, None, :]).sum(axis=-1)
         return out
 
@@ -177,8 +178,8 @@ class MergeTables:
         if self.trained is not None:
             gain = self.own["gain"][members]
             values |= {
-                "trained": _at_point(self.trained, members, d),
-                "base": _at_point(self.base, members, d), "gain": np.where(gain > 0, gain, np.nan),
+                "trained": at_point(self.trained, members, d),
+                "base": at_point(self.base, members, d), "gain": np.where(gain > 0, gain, np.nan),
             }  # fmt: skip
         return MemberValues(**values)
 
@@ -219,25 +220,6 @@ def _nearest(gram: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.broadcast_to(c, (*shape, k)), np.broadcast_to(np.maximum(left, 0.0), shape)
 
 
-def _at_point(slopes: _Slopes, members: np.ndarray, d: np.ndarray) -> AtPoint:
-    """Of victims ``members`` (sets, k), along ``sum_j d_j W_j``, d (sets, k, k)."""
-    rows, columns = members[:, :, None], members[:, None, :]
-    texts, k = slopes.texts[members], members.shape[1]
-
-    def mean(values: np.ndarray) -> np.ndarray:
-        return values.sum(axis=-1) / texts
-
-    phi = slopes.model[rows, :, columns]  # (sets, k, k, texts)
-    along = (phi * d[..., None]).sum(axis=2)
-    own = phi[:, np.arange(k), np.arange(k)]
-    observed = (slopes.data[rows, :, columns] * d[..., None]).sum(axis=2)
-    return AtPoint(
-        first=(slopes.first[rows, columns] * d).sum(axis=-1), curvature=mean(along**2) / 2,
-        absolute=mean(np.abs(along)) ** 2 / 2, observed=mean(observed**2) / 2,
-        self_curvature=mean(own**2) / 2, with_self=mean(along * own),
-    )  # fmt: skip
-
-
 def merge_tables(
     zoo: Zoo,
     recorded: Recorded = NOTHING,
@@ -273,25 +255,6 @@ def merge_tables(
             keys = [trained_point(zoo, recorded, i) for i in range(len(zoo))]
             at_base = [f"base:{name}" for name in recorded.domains]
             points = recorded.points
-            trained = _slopes(zoo, points, keys)
-            base = _slopes(zoo, points, [k if k in points.points else None for k in at_base])
+            trained = slopes_of(zoo, points, keys)
+            base = slopes_of(zoo, points, [k if k in points.points else None for k in at_base])
     return MergeTables(zoo, recorded, sums, domain_of, trained, base, numbers, threads)
-
-
-def _slopes(zoo: Zoo, points: Points, keys: Sequence[str | None]) -> _Slopes:
-    count = len(zoo)
-    texts = np.array([0 if key is None else points.points[key].sequences for key in keys])
-    first = np.full((count, count), np.nan)
-    phi = {labels: np.full((count, int(texts.max(initial=1)), count), np.nan) for labels in LABELS}
-    known, at = columns_of(zoo, points, np.arange(count))
-    for i, key in enumerate(keys):
-        if key is None:
-            continue
-        root = np.sqrt(points.losses(key)[2])[:, None]
-        for labels, values in phi.items():
-            own = points.phi(key, labels)[:, at]
-            values[i][:, known] = 0.0
-            values[np.ix_([i], range(len(own)), known)] = root * own
-            if labels == "data":
-                first[i, known] = own.mean(axis=0)
-    return _Slopes(first, phi["model"], phi["data"], np.maximum(texts, 1))

@@ -103,7 +103,10 @@ def merge_features(
             wide[:, : values.shape[1]] = values
             columns[name][others] = wide
     methods = [m.method for m in wanted]
-    return MergeTable(zoo.names, members, methods, weights, columns, tables.level)
+    return MergeTable(
+        zoo.names, members, methods, weights, columns, tables.level, tables.base_model,
+        tables.fingerprint,
+    )  # fmt: skip
 
 
 def _check(m: Merge, key: str, without_calibration: bool) -> None:

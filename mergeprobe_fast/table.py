@@ -156,13 +156,18 @@ class MergeTable(Table):
         names: the adapters, in the zoo's order.
         sets: of each merge, the indices of its members.
         level: "weights", "calibration" or "points": how much was known.
+        base_model: what the adapters are of, as they or the calibration name it; None: unknown.
+        fingerprint: of that model's configuration (``config_sha256`` of the calibration); None:
+            without a calibration.
     """
 
     def __init__(
         self, names: Sequence[str], members: np.ndarray, methods: Sequence[str],
         weights: np.ndarray, features: Mapping[str, np.ndarray], level: str,
+        base_model: str | None = None, fingerprint: str | None = None,
     ) -> None:  # fmt: skip
         self.names, self.level = list(names), level
+        self.base_model, self.fingerprint = base_model, fingerprint
         self.sets = [tuple(int(i) for i in row if i >= 0) for row in members]
         there = members >= 0
         merge = np.nonzero(there)[0]

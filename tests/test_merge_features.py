@@ -192,7 +192,8 @@ def test_losses_are_those_of_a_loop_over_texts(made):
                 for name, value in truth.items():
                     assert table[name][row] == pytest.approx(value, rel=1e-6, abs=1e-9), name
             row += 1
-    assert seen > 4
+    defined = [np.isfinite(table[f"curvature_{kind}"]).sum() for kind in ("trained", "base")]
+    assert seen == sum(defined)
 
 
 def test_numbers_of_adapters_stand_beside_the_member_and_its_company(made):
@@ -208,6 +209,15 @@ def test_numbers_of_adapters_stand_beside_the_member_and_its_company(made):
             share @ [own[name][0], own[name][4]] / share.sum(), rel=1e-6
         )
         assert np.isnan(table[f"others_{name}"][3])  # alone
+
+
+def test_a_table_says_of_what_base_it_is(made):
+    own = mpf.merge_features(made.zoo, SETS)
+    assert own.base_model == made.zoo.base_model and own.fingerprint is None
+    table = mpf.merge_features(made.zoo, SETS, calibration=made.calibration.path)
+    info = mpf.open_calibration(made.calibration.path).info
+    assert table.base_model == (made.zoo.base_model or info.base_model)
+    assert table.fingerprint == info.config_sha256
 
 
 def test_every_column_has_a_definition_and_keeps_to_its_range(made):

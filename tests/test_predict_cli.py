@@ -117,6 +117,8 @@ REFUSED = {
         ("fit", "labels.parquet", "--operators", "x", "--out", "m.json"), "no row of x has a value"
     ),
     "the card's name": (("fit", "labels.parquet", "--out", "m.md"), "is the name of the card"),
+    "a folder for a model": (("fit", "labels.parquet", "--out", "."), "is a folder"),
+    "a folder above for a model": (("fit", "labels.parquet", "--out", "x/.."), "is a folder"),
     "splits of a model": (
         ("evaluate", "labels.parquet", "--model", "m", "--splits", "seed"), "--splits: says how"
     ),

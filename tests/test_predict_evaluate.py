@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from scipy.stats import spearmanr
 from mergeprobe_fast import InputError
 from mergeprobe_fast.predict import evaluate, fit
 from mergeprobe_fast.predict.evaluate import evaluate_model, steps
+from mergeprobe_fast.predict.fit import matrix
+from mergeprobe_fast.predict.labels import codes
+from mergeprobe_fast.predict.level import fit_level
 from mergeprobe_fast.predict.rivals import CELL, CLOSED, COSINE, MEAN, METADATA, NORM, rivals
 from mergeprobe_fast.predict.scores import (
     Held,
@@ -24,7 +28,13 @@ from mergeprobe_fast.predict.scores import (
     spearman,
     spearman_within,
 )
-from mergeprobe_fast.predict.splits import SPLITS, family_folds, held_out, predict_held_out
+from mergeprobe_fast.predict.splits import (
+    SPLITS,
+    domain_folds,
+    family_folds,
+    held_out,
+    predict_held_out,
+)
 
 pytest.importorskip("xgboost", reason="in the test extra")
 TINY = dataclasses.replace(QUICK, boost_rounds=5, extra_count=2, folds=4, scale_rounds=2)
@@ -38,7 +48,8 @@ def labels(rng):
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_row_is_predicted_once_and_no_merge_with_what_is_held_out_is_learnt(labels, split):
     folds = held_out(labels, split)
-    assert (sum(test.astype(int) for test, _ in folds) == 1).all()
+    asked = sum(test.astype(int) for test, _ in folds)
+    assert np.array_equal(asked, (labels.size == 2) if split == "domain pair" else asked**0)
     about = {"adapter": "family", "seed": "seed", "domain": "domain", "layers": "layers"}
     for test, gone in folds:
         assert (gone | ~test).all()
@@ -50,10 +61,11 @@ def test_every_row_is_predicted_once_and_no_merge_with_what_is_held_out_is_learn
         elif split == "operator":
             assert len({*labels.operator[test]}) == 1 and (gone == test).all()
         else:
-            (own,) = {frozenset(r) - {""} for r in labels.of("domain")[test]}
+            (own,) = {tuple(sorted(r[:2])) for r in labels.of("domain")[test]}
             for row, there in enumerate(labels.of("domain")):
-                there = frozenset(there) - {""}
-                assert gone[row] == (own <= there or (there <= own and len(there) > 1))
+                pairs = {tuple(sorted(p)) for p in combinations([d for d in there if d], 2)}
+                assert gone[row] == (own in pairs)
+    assert not any(t.all() for t, _ in folds)
     merges = {m for test, gone in folds[:1] for m in labels.merge[gone]}
     if split != "operator":  # all members of a merge go together
         assert not merges & {*labels.merge[~folds[0][1]]}
@@ -102,6 +114,46 @@ def test_family_folds_deal_whole_families(labels):
             own = {*labels.families[test, 0]}
             assert not own & {*labels.families[~gone].ravel()}
             assert not own & {*labels.families[~test, 0]}
+
+
+def test_domain_folds_deal_whole_pairs_of_domains(labels):
+    for count in (2, 5, 1000):
+        folds = domain_folds(labels, count, 0)
+        assert len(folds) == min(count, 10)  # of 4 domains, each with itself, too
+        assert np.array_equal(sum(t.astype(int) for t, _ in folds), labels.size == 2)
+        for test, gone in folds:
+            pairs = [{tuple(sorted(p)) for p in combinations([d for d in row if d], 2)}
+                     for row in labels.of("domain")]  # fmt: skip
+            own = set().union(*(pairs[i] for i in np.flatnonzero(test)))
+            assert np.array_equal(gone, [bool(own & p) for p in pairs])
+    one = tuple(dataclasses.replace(a, domain="") for a in labels.adapters)
+    assert domain_folds(changed(labels, adapters=one), 5, 0) == []
+
+
+def test_intervals_cover_unseen_pairs_of_domains_as_stated(rng):
+    """Labels that pairs of domains move together: folds of families alone say nothing of that."""
+    trees = dataclasses.replace(
+        QUICK, extra_share=0.0, linear_share=0.0, boost_columns=1.0, boost_rate=0.2, scale_rounds=0
+    )
+    columns = ["change_to_self", "change_cosine", "foreign"]
+    covered, rows = {"both": 0, "families": 0}, 0
+    for _ in range(2):
+        labels = made_labels(rng, pairs=300, noise=0.01)
+        pair = codes(*np.sort(labels.of("domain").astype(str), axis=1).T)
+        moved = labels.y + rng.normal(0, 0.15, pair.max() + 1)[pair]
+        labels = changed(labels, y=np.clip(moved, -1, 1.2), columns=labels.columns | {
+            "foreign": pair + rng.uniform(0, 0.9, len(labels))})  # fmt: skip
+        for test, gone in held_out(labels, "domain pair"):
+            seen, y = labels.part(~gone), labels.y[test]
+            for name, apart in (("both", domain_folds(seen, 4, 0)), ("families", ())):
+                model = fit_level(
+                    columns, matrix(seen, "weights", columns), seen.y, seen.se,
+                    family_folds(seen, 4, 0), apart, trees,
+                )  # fmt: skip
+                _, low, high, _ = model.answer(matrix(labels.part(test), "weights", columns))
+                covered[name] += int(((low <= y) & (y <= high)).sum())
+            rows += len(y)
+    assert covered["both"] / rows > max(0.7, covered["families"] / rows + 0.1)
 
 
 def test_scores_are_what_they_are_called(labels, rng):
@@ -189,6 +241,20 @@ def test_a_mean_of_the_domain_pair_falls_back_where_there_is_none(rng):
     assert (found[MEAN] == seen.y.mean()).all()
 
 
+def test_metadata_knows_the_operator(rng):
+    """Which is known before anything is measured: a rival without it would be a weak one."""
+    labels = made_labels(rng, pairs=100, operators=("sum", "mean"))
+    moved = labels.y - np.where(labels.operator == "sum", 0.0, 0.5)
+    labels = changed(labels, y=moved)
+    test, gone = held_out(labels, "adapter")[0]
+    found = rivals(labels.part(~gone), labels.part(test), "weights", TINY)
+    one, other = (found[CELL][labels.operator[test] == o].mean() for o in ("sum", "mean"))
+    assert one - other > 0.2
+    found = rivals(labels.part(~gone), labels.part(test), "weights", QUICK)
+    one, other = (found[METADATA][labels.operator[test] == o].mean() for o in ("sum", "mean"))
+    assert one - other > 0.2
+
+
 def test_a_planted_signal_beats_metadata_and_noise_does_not(rng):
     found = evaluate(made_labels(rng, pairs=250), recipe=LINEAR, splits=["adapter"], resamples=200)
     ours, *others = found["levels"]["weights"]["splits"]["adapter"]["predictors"]
@@ -230,6 +296,10 @@ def test_a_model_is_scored_as_it_is_on_other_labels(rng):
     expected = predictor.predict(new.columns, base=BASE).retention
     assert ours["rho"]["value"] == pytest.approx(spearmanr(expected, new.y).statistic, abs=1e-6)
     assert not found["same_labels"]
+    facts = dataclasses.replace(predictor.facts, fingerprints=("ab" * 32,))
+    told = dataclasses.replace(predictor, facts=facts)
+    renamed = changed(new, bases=("other",), fingerprints=("ab" * 32,))
+    assert [*evaluate_model(told, renamed, resamples=30)["levels"]] == ["weights"]
     unseen = evaluate_model(predictor, changed(new, bases=("other",)), resamples=30)
     assert "coverage" not in unseen["levels"]["score"]["splits"]["as it is"]["predictors"][0]
     with pytest.raises(InputError, match="no level"):

@@ -143,12 +143,33 @@ def test_the_richest_level_with_its_columns_answers(rng):
     columns = dict(labels.columns)
     assert predictor.predict(columns, base=BASE).level == "calibration"
     some = predictor.predict({n: v[:4] for n, v in columns.items()} | {
-        "error": np.array([np.nan, 1, 1, 1.0])}, base=BASE)  # fmt: skip
+        "error": np.array([np.nan, 1, 1, 1.0]), "disturbance": np.ones(4)}, base=BASE)  # fmt: skip
     assert some.level == "calibration" and np.isfinite(some.retention).all()
-    unknown = columns | {"error": np.full(len(labels), np.nan)}
+    assert "level weights for 1 of 4 rows, which lack columns" in some.reason
+    unknown = {n: v for n, v in columns.items() if n != "error"}
     assert predictor.predict(unknown, base=BASE).level == "weights"
     bare = {n: v for n, v in columns.items() if not n.startswith("early:")}
     assert predictor.predict(bare, base=BASE, early=True).level == "early:weights"
+
+
+def test_what_a_row_gets_does_not_depend_on_the_rows_beside_it(rng):
+    labels = with_calibration(made_labels(rng), rng)
+    full = dict(labels.columns, disturbance=np.ones(len(labels)) * labels.columns["size"])
+    predictor = fit(dataclasses.replace(labels, columns=full), recipe=QUICK)
+    columns = {n: v[:30].copy() for n, v in full.items()}
+    columns["disturbance"][:7] = np.nan  # which all rows of training had
+    found = predictor.predict(columns, base=BASE)
+    assert found.level == "calibration"
+    assert "level weights for 7 of 30 rows, which lack columns" in found.reason
+    for row in range(30):
+        alone = predictor.predict({n: v[row : row + 1] for n, v in columns.items()}, base=BASE)
+        assert alone.level == ("weights" if row < 7 else "calibration")
+        for name in ("retention", "low", "high"):
+            assert getattr(alone, name)[0] == pytest.approx(getattr(found, name)[row], abs=1e-12)
+        assert alone.outside[0] == found.outside[row] and alone.why(0) == found.why(row)
+        told = predictor.explain(columns, row)
+        assert told.level == alone.level
+        assert told.retention == pytest.approx(found.retention[row], abs=1e-9)
 
 
 def test_an_unseen_base_gets_a_score_that_claims_nothing(known):

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from adapters import make_adapter
+from made_merges import LINEAR
 
 import mergeprobe_fast as mpf
 from mergeprobe_fast import InputError
-from mergeprobe_fast.predict import read_labels
+from mergeprobe_fast.predict import fit, read_labels
 from mergeprobe_fast.predict.from_zoo import with_columns
 from mergeprobe_fast.zoo import open_zoo
 
@@ -53,7 +54,7 @@ def test_rows_with_a_value_are_read_with_their_members_own_first(tmp_path):
     labels = read_labels(write(tmp_path / "l.parquet", ROWS))
     assert [a.name for a in labels.adapters] == ["a", "b", "c"]
     assert labels.members.tolist() == [[0, 1, -1], [1, 0, -1], [1, 0, 2]]
-    assert labels.y.tolist() == [0.9, -1.0, 0.5] and labels.se.tolist() == [0.01, 0.02, 0.0]
+    assert labels.y.tolist() == [0.9, -1.0, 0.5] and labels.se[:2].tolist() == [0.01, 0.02]
     assert labels.merge[0] == labels.merge[1] != labels.merge[2]
     assert labels.sets[0] == labels.sets[1] and labels.size.tolist() == [2, 2, 3]
     assert labels.weights[:2, :2].tolist() == [[1.0, 2.0], [2.0, 1.0]]
@@ -89,6 +90,29 @@ def test_adapters_that_differ_in_seeds_alone_are_one_family(tmp_path):
     assert labels.families[0, 0] == labels.families[0, 1]
 
 
+def test_merges_of_other_ranks_or_methods_are_other_merges(tmp_path):
+    for name, values in (("rank", (8, 16)), ("method", ("svd", "cat"))):
+        rows = [dict(r, **{name: v}) for v in values for r in ROWS[:2]]
+        labels = read_labels(write(tmp_path / f"{name}.parquet", rows))
+        assert labels.merge[0] == labels.merge[1] != labels.merge[2] == labels.merge[3]
+        assert len({*labels.sets}) == 1
+
+
+def test_names_that_are_numbers_are_names(tmp_path):
+    rows = [dict(r, members=[{"a": "1", "b": "2", "c": "3"}[n] for n in r["members"]],
+                 member={"a": 1, "b": 2, "c": 3}[r["member"]]) for r in ROWS[:3]]  # fmt: skip
+    labels = read_labels(write(tmp_path / "l.csv", rows))
+    assert [a.name for a in labels.adapters] == ["1", "2", "3"] and len(labels) == 3
+
+
+def test_an_unknown_error_is_as_large_as_the_known_ones(tmp_path):
+    rows = [dict(r, ll_norm_se=e) for r, e in zip(ROWS, (0.3, None, 0.4, 0.1), strict=True)]
+    labels = read_labels(write(tmp_path / "l.parquet", rows))
+    assert labels.se == pytest.approx([0.3, (0.125) ** 0.5, 0.4])
+    rows = [{k: v for k, v in r.items() if k != "ll_norm_se"} for r in ROWS]
+    assert not read_labels(write(tmp_path / "l.parquet", rows)).se.any()
+
+
 def test_operators_and_target_are_chosen(tmp_path):
     rows = [dict(r, other=0.25) for r in ROWS]
     path = write(tmp_path / "l.parquet", rows)
@@ -98,6 +122,8 @@ def test_operators_and_target_are_chosen(tmp_path):
 
 
 BAD = {
+    "nobody": (lambda r: r[0].update(members=[]), "members: row 0 names nobody"),
+    "no member named": (lambda r: r[1].update(member=None), "member: row 1 names nobody"),
     "no member": (lambda r: r[0].update(member="z"), "members: row 0: the members do not hold 'z'"),
     "twice": (lambda r: r[0].update(members=["a", "a"]), "members: row 0: the members are"),
     "weights": (lambda r: r[0].update(weights=[1.0]), "weights: row 0: 1 weights of 2 members"),
@@ -144,3 +170,47 @@ def test_columns_come_from_the_adapters_as_merge_features_has_them(tmp_path):
         with_columns(read_labels(write(path, rows)), zoo)
     with pytest.raises(InputError, match="c: is in the labels and not in the zoo"):
         with_columns(read_labels(write(path, rows)), open_zoo([tmp_path / "zoo" / n for n in "ab"]))
+
+
+def test_a_table_of_merges_is_predicted_as_it_is(tmp_path):
+    """It says of what base it is, so that nobody has to."""
+    for i in range(8):
+        make_adapter(tmp_path / "zoo" / f"a{i}", seed=i)
+    zoo = open_zoo(tmp_path / "zoo")
+    sets = [[i, j] for i in range(8) for j in range(i)]
+    table = mpf.merge_features(zoo, sets, threads=1)
+    rows = [{"members": m.split("+"), "member": own, "ll_norm": float(k % 7) / 7, "operator": "sum"}
+            for k, (m, own) in enumerate(zip(table["members"], table["member"], strict=True))]
+    labels = with_columns(read_labels(write(tmp_path / "l.parquet", rows)), zoo, threads=1)
+    assert labels.bases == (zoo.base_model,) != (None,)
+    predictor = fit(labels, recipe=LINEAR)
+    found = predictor.predict(table)
+    assert found.calibrated and found.level == "weights" and len(found.retention) == table.rows
+    assert predictor.explain(table, 3).retention == pytest.approx(found.retention[3])
+    bare = predictor.predict({n: table[n] for n in table})
+    assert not bare.calibrated
+
+
+def test_columns_come_from_a_second_file_by_row(tmp_path):
+    rows = ["a+b|a", "a+b|b", "a+c|a"]
+    pq.write_table(pa.table({
+        "row": rows, "members": [["a", "b"], ["a", "b"], ["a", "c"]], "member": ["a", "b", "a"],
+        "ll_norm": [0.5, 0.6, 0.7],
+    }), tmp_path / "labels.parquet")  # fmt: skip
+    given = {"row": [rows[2], "x|y", rows[0]], "final:error": [0.3, 9.0, 0.1],
+             "at10%:error": [3.0, 9.0, None], "at5%:error": [5.0, 5.0, 5.0]}  # fmt: skip
+    pq.write_table(pa.table(given), tmp_path / "features.parquet")
+    found = read_labels(tmp_path / "labels.parquet", features=tmp_path / "features.parquet", at=0.1)
+    np.testing.assert_array_equal(found.columns["error"], [0.1, np.nan, 0.3])
+    np.testing.assert_array_equal(found.columns["early:error"], [np.nan, np.nan, 3.0])
+    for change, at, key in (
+        ({"row": [rows[0], rows[0], rows[1]]}, None, rows[0]),
+        ({"row": None}, None, "row"),
+        ({}, 0.2, "at20%:"),
+        ({"final:ll_norm": [1.0, 1.0, 1.0]}, None, "final:ll_norm"),
+    ):
+        wrong = {n: v for n, v in {**given, **change}.items() if v is not None}
+        pq.write_table(pa.table(wrong), tmp_path / "features.parquet")
+        with pytest.raises(InputError) as error:
+            read_labels(tmp_path / "labels.parquet", features=tmp_path / "features.parquet", at=at)
+        assert error.value.key == key

@@ -13,6 +13,8 @@ from made_merges import BASE, QUICK, made_labels, with_calibration
 from mergeprobe_fast import InputError
 from mergeprobe_fast.predict import RetentionPredictor, evaluate, fit
 from mergeprobe_fast.predict.card import model_card
+from mergeprobe_fast.predict.extra import fit_extra
+from mergeprobe_fast.predict.forest_json import forest_json, read_forest
 from mergeprobe_fast.predict.model_json import model_text
 
 pytest.importorskip("xgboost", reason="in the test extra")
@@ -78,14 +80,6 @@ def leaf(value):
     return next(i for i, c in enumerate(tree(value)["column"]) if c < 0)
 
 
-def cycle(v):
-    tree(v)["left"][inner(v)] = 0
-
-
-def shared_child(v):
-    tree(v)["left"][inner(v)] = tree(v)["right"][inner(v)]
-
-
 def put(path, new):
     """Sets what lies at this path of keys below the level."""
 
@@ -108,20 +102,43 @@ BAD = {
     "a choice out of range": (lambda v: v["recipe"].update(folds=1), "recipe.folds: must be"),
     "a choice of words": (lambda v: v["recipe"].update(folds="2"), "recipe.folds: expected"),
     "another soft": (put(["soft"], 0.5), "levels.weights.soft: is not the recipe's"),
-    "a cycle": (cycle, "trees[0]: a child is no later node"),
-    "a child twice": (shared_child, "trees[0]: a node has not exactly one parent"),
-    "a child out of range": (
-        lambda v: tree(v)["right"].__setitem__(inner(v), 10**6), "a child is no later node"
+    "a tree cut short": (
+        lambda v: tree(v).update({k: tree(v)[k][:-1] for k in tree(v)}), "trees[0].column: is not o"
     ),
-    "a leaf with a child": (lambda v: tree(v)["left"].__setitem__(leaf(v), 1), "a leaf has childr"),
+    "two trees in one": (
+        lambda v: tree(v).update({k: tree(v)[k] * 2 for k in tree(v)}), "trees[0].column: is not o"
+    ),
+    "a leaf that asks": (lambda v: tree(v)["column"].__setitem__(leaf(v), 0), "trees.trees[0]."),
     "a column out of range": (
-        lambda v: tree(v)["column"].__setitem__(inner(v), 99), "beyond the 6"
+        lambda v: tree(v)["column"].__setitem__(inner(v), 99), "trees[0].column: asks for a column"
     ),
-    "a node less": (lambda v: tree(v)["rows"].pop(), "trees[0].rows: has "),
-    "a threshold of text": (lambda v: tree(v)["at"].__setitem__(0, "1"), "is not a finite number"),
-    "a threshold beyond": (lambda v: tree(v)["at"].__setitem__(0, 1e300), "at: is beyond float32"),
-    "a truth of 2": (lambda v: tree(v)["missing_left"].__setitem__(0, 2), "missing_left"),
-    "a node by halves": (lambda v: tree(v)["left"].__setitem__(0, 0.5), "is not an integer"),
+    "a column by halves": (
+        lambda v: tree(v)["column"].__setitem__(inner(v), 0.5), "beyond the 6"
+    ),
+    "a column below": (lambda v: tree(v)["column"].__setitem__(leaf(v), -2), "beyond the 6"),
+    "a leaf's rows less": (lambda v: tree(v)["rows"].pop(), "trees[0].rows: is not one number"),
+    "rows below 0": (lambda v: tree(v)["rows"].__setitem__(0, -1), "trees[0].rows: is no number"),
+    "rows beyond": (lambda v: tree(v)["rows"].__setitem__(0, 2**31), "trees[0].rows: are too many"),
+    "a node less": (lambda v: tree(v)["at"].pop(), "trees[0].at: has "),
+    "a threshold of text": (
+        lambda v: tree(v)["at"].__setitem__(0, "1"), "trees[0].at: is not a list of numbers"
+    ),
+    "a threshold that is true": (
+        lambda v: tree(v)["at"].__setitem__(0, True), "trees[0].at: is not a list of numbers"
+    ),
+    "a threshold beyond": (
+        lambda v: tree(v)["at"].__setitem__(0, 1e300), "trees[0].at: is beyond float32"
+    ),
+    "a threshold without end": (
+        lambda v: tree(v)["at"].__setitem__(0, 10**300), "trees[0].at: is not a list of finite"
+    ),
+    "a side of a leaf": (
+        lambda v: tree(v).update(missing="l" * len(tree(v)["missing"])), "has a side for a leaf"
+    ),
+    "a side unknown": (lambda v: tree(v).update(missing="x"), "missing: is not a text of l, r and"),
+    "a tree without nodes": (
+        lambda v: tree(v).update(column=[], at=[], missing="", rows=[]), "is not a list of numbers"
+    ),
     "trees and linear": (
         lambda v: level(v)["parts"][0].update(linear={"intercept": 0, "coefficients": [0] * 6}),
         "needs trees or linear",
@@ -157,6 +174,43 @@ def test_a_malformed_file_is_refused_by_name(written, tmp_path, name):
         RetentionPredictor.load(path)
     assert str(error.value).startswith(f"{path}: ") and reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_evaluation_as_deep_as_json_may_be_is_refused_or_read(written, tmp_path):
+    path = tmp_path / "deep.json"
+    for depth in (50, 450, 900, 3000):
+        value = json.loads(written[2].read_bytes())
+        value["facts"]["evaluation"] = {"x": "HERE"}
+        path.write_text(json.dumps(value).replace('"HERE"', "[" * depth + "]" * depth))
+        try:
+            assert RetentionPredictor.load(path).facts.evaluation
+        except InputError as error:
+            assert depth > 50 and "nested too deeply" in str(error)
+
+
+def test_a_file_of_many_trees_is_linked_as_it_was(rng):
+    """Trees are linked all at once; here they are, one by one, by their definition."""
+    x = rng.normal(size=(300, 5)).round(2)
+    x[rng.random(x.shape) < 0.1] = np.nan
+    forest = fit_extra(x, np.nan_to_num(x).sum(axis=1), np.ones(300), count=9, leaf=2, columns=0.5,
+                       seed=0)  # fmt: skip
+    read = read_forest(json.loads(json.dumps(forest_json(forest))), "", 5)
+    assert np.array_equal(read.predict(x), forest.predict(x))
+    for tree in read.trees:
+
+        def follow(node, tree=tree):
+            if tree.column[node] < 0:
+                assert tree.left[node] == tree.right[node] == -1
+                return node + 1, tree.rows[node]
+            assert tree.left[node] == node + 1
+            middle, one = follow(node + 1)
+            assert tree.right[node] == middle
+            end, other = follow(middle)
+            assert tree.rows[node] == one + other
+            return end, one + other
+
+        assert follow(0) == (len(tree), 300)
+    assert [len(t) for t in read.trees] == [len(t) for t in forest.trees]
 
 
 @pytest.mark.parametrize(

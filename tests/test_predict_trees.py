@@ -7,7 +7,7 @@ import pytest
 
 from mergeprobe_fast.predict.boosted import fit_boosted, forest_of
 from mergeprobe_fast.predict.extra import _ranks, fit_extra
-from mergeprobe_fast.predict.forest import Forest, Tree
+from mergeprobe_fast.predict.forest import Forest, Tree, rounded
 from mergeprobe_fast.predict.linear import fit_linear, ranks_of
 
 xgb = pytest.importorskip("xgboost", reason="in the test extra")
@@ -164,3 +164,18 @@ def test_without_xgboost_the_extra_is_named(monkeypatch):
     with pytest.raises(InputError, match=r"mergeprobe-fast\[fit\]"):
         fit_boosted(np.zeros((3, 1)), np.zeros(3), np.ones(3), **SETTINGS)
 
+
+def test_rounding_a_tree_moves_no_row_of_training(rng):
+    x = rng.normal(size=(400, 3)).astype(np.float32)
+    x[rng.random(x.shape) < 0.1] = np.nan
+    forest = fit_extra(x, np.nan_to_num(x).sum(axis=1), np.ones(400), count=5, leaf=3, columns=1.0,
+                       seed=0)  # fmt: skip
+    for tree in forest.trees:
+        exact = Tree(tree.column, np.nextafter(tree.at, np.float32(np.inf)), tree.left, tree.right,
+                     tree.missing_left, tree.rows)  # fmt: skip
+        short = rounded(exact, x)
+        assert np.array_equal(short.leaves(x), exact.leaves(x))
+        assert short.at[short.column < 0] == pytest.approx(exact.at[exact.column < 0], rel=1e-4)
+        digits = [len(str(v).strip("-0").replace(".", "")) for v in short.at]
+        assert np.mean(digits) < np.mean([len(str(v).strip("-0").replace(".", ""))
+                                          for v in exact.at])  # fmt: skip

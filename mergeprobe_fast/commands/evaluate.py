@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"{unknown[0]!r} is none of {', '.join(SPLITS)}", key="--splits")
     folder = None
     if options.out is not None:
-        inputs = [p for p in (options.labels, options.zoo, options.model) if p is not None]
+        given = (options.labels, options.features, options.zoo, options.model)
+        inputs = [p for p in given if p is not None]
         folder = AtomicFolder(options.out, options.overwrite, inputs=inputs, contents=CONTENTS)
         folder.check()
     shown = None if options.json else console()

@@ -55,6 +55,10 @@ def reads_labels(sub: argparse.ArgumentParser) -> None:
         help="columns of your own to predict from, too",
     )  # fmt: skip
     sub.add_argument(
+        "--features", type=Path, metavar="FILE",
+        help="the columns of the same rows: merge-peft's merge-features.parquet",
+    )  # fmt: skip
+    sub.add_argument(
         "--zoo", type=Path, metavar="ZOO", help="the adapters, to compute the columns from"
     )
     reads_recorded(sub)
@@ -62,8 +66,9 @@ def reads_labels(sub: argparse.ArgumentParser) -> None:
         "--probes", type=Path, metavar="RUNS", help="with --at: columns of unfinished training, too"
     )
     sub.add_argument(
-        "--at", type=fraction, metavar="F", help="the probes at this share of training, say 5%%"
-    )
+        "--at", type=fraction, metavar="F",
+        help="columns at this share of training, say 5%%: of --probes, or in --features",
+    )  # fmt: skip
     sub.add_argument("--same-base", action="store_true", help=SAME_BASE)
     sub.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="choices",
@@ -85,10 +90,13 @@ def run(options: argparse.Namespace) -> int:
     unknown = [s for s in options.evaluate if s not in SPLITS]
     if unknown:
         raise InputError(f"{unknown[0]!r} is none of {', '.join(SPLITS)}", key="--evaluate")
+    if options.out.name in ("", ".."):
+        raise InputError("is a folder; name a file in it", path=options.out, key="--out")
     card = options.out.with_suffix(".md")
     if card == options.out:
         raise InputError("is the name of the card; give the model another ending", path=card)
-    files = [AtomicFile(p, options.overwrite, inputs=[options.labels]) for p in (options.out, card)]
+    inputs = [p for p in (options.labels, options.features) if p is not None]
+    files = [AtomicFile(p, options.overwrite, inputs=inputs) for p in (options.out, card)]
     for file in files:
         file.check()
     recipe = recipe_of(options)
@@ -144,15 +152,20 @@ def labels_of(options: argparse.Namespace, shown: Any) -> Any:
     """The labels, with columns from the zoo where one is named."""
     from mergeprobe_fast.predict.labels import read_labels
 
+    if options.features is not None and options.zoo is not None:
+        raise InputError("says what --zoo is there to work out", key="--features")
     if options.zoo is None:
-        for name in ("calibration", "probes", "at"):
+        for name in ("calibration", "probes"):
             if getattr(options, name) is not None:
                 raise InputError("needs --zoo", key=f"--{name}")
         if options.domains:
             raise InputError("needs --zoo", key="--domain")
-    if options.at is not None and options.probes is None:
-        raise InputError("needs --probes", key="--at")
-    labels = read_labels(options.labels, target=options.target, operators=options.operators)
+    if options.at is not None and options.probes is None and options.features is None:
+        raise InputError("needs --probes or --features", key="--at")
+    labels = read_labels(
+        options.labels, target=options.target, operators=options.operators,
+        features=options.features, at=None if options.features is None else options.at,
+    )  # fmt: skip
     if options.zoo is None:
         return labels
     from mergeprobe_fast.predict.from_zoo import with_columns

@@ -165,8 +165,8 @@ OWN = (
     OwnColumn("self_disturbance_median", "Own disturbance, median channel", "calibration"),
     OwnColumn("drift_effective_rank", "Effective rank of the drift", "calibration"),
     OwnColumn("drift_top_share", "Share of the drift's first direction", "calibration"),
-    OwnColumn("base_loss", "Base loss", "points"),
-    OwnColumn("trained_loss", "Own loss", "points"),
+    OwnColumn("base_loss", "Base loss", "points", beside=False),
+    OwnColumn("trained_loss", "Own loss", "points", beside=False),
     OwnColumn("gain", "Gain", "points"),
     OwnColumn("self_first_order_trained", "Own first-order effect, trained", "points"),
     OwnColumn("self_curvature_trained", "Own curvature, trained", "points"),
@@ -184,5 +184,8 @@ def level_columns(level: Level) -> tuple[str, ...]:
     upto = LEVELS[: LEVELS.index(level) + 1]
     return (
         *(c.name for c in _COLUMNS if c.level in upto),
-        *(f"{side}{c.name}" for side in (MEMBER, OTHERS) for c in OWN if c.level in upto),
+        *(
+            f"{side}{c.name}" for side in (MEMBER, OTHERS) for c in OWN
+            if c.level in upto and (c.beside or side == MEMBER)
+        ),
     )  # fmt: skip

@@ -67,11 +67,16 @@ class MemberValues:
 
 @dataclass(frozen=True)
 class OwnColumn:
-    """A number per adapter, which a merge reads of each member and of the others beside it."""
+    """A number per adapter, which a merge reads of each member and, if ``beside``, of the others.
+
+    What only says which texts an adapter is of is not read of others: there it would tell domains
+    apart that were labelled, and mean nothing for others.
+    """
 
     name: str
     title: str
     level: Level
+    beside: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from typing import Any, NoReturn
 
 from ..errors import InputError
 
 _SPACE = " \t\n\r"  # JSON's own
+_LONG = re.compile(rb"[0-9]{401}")
 _MAX_JSON = 1 << 26  # bytes; a real adapter_config.json has some thousand
 
 
@@ -60,7 +62,8 @@ def _decode(raw: bytes, what: str, start: int | None) -> Any:
             # Only an escape can spell a lone surrogate: most files need no check for them.
             object_pairs_hook=_unique_unicode if b"\\u" in raw else _unique,
             parse_constant=_refuse_constant,
-            parse_int=_parse_int,
+            # A function of our own for every integer is slow; most files have no long one.
+            parse_int=_parse_int if _LONG.search(raw) else None,
         )
         if start is None:
             return decoder.decode(text)

@@ -40,10 +40,7 @@ class PredictorJudge:
     ) -> None:
         self.tables, self.predictor, self.early = tables, predictor, early
         calibration = tables.recorded.calibration
-        self._base: dict[str, Any] = {"base": tables.zoo.base_model}
-        if calibration is not None:
-            self._base = {"base": tables.zoo.base_model or calibration.base_model,
-                          "fingerprint": getattr(calibration, "config_sha256", None)}  # fmt: skip
+        self._base: dict[str, Any] = {"base": tables.base_model, "fingerprint": tables.fingerprint}
         self.unavailable: dict[str, str] = {}
         for action in _FOUND_BY_INPUTS:
             if calibration is None:

@@ -3,7 +3,8 @@
 from mergeprobe_fast.predict.evaluate import evaluate
 from mergeprobe_fast.predict.fit import fit
 from mergeprobe_fast.predict.labels import Adapter, Labels, read_labels
-from mergeprobe_fast.predict.predictor import Explanation, Prediction, RetentionPredictor
+from mergeprobe_fast.predict.prediction import Explanation, Prediction
+from mergeprobe_fast.predict.predictor import RetentionPredictor
 from mergeprobe_fast.predict.recipe import Recipe
 
 __all__ = [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import numpy as np
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.predict.forest import Forest, Tree, counted
+from mergeprobe_fast.predict.forest import Forest, Tree, counted, rounded
 
 NEEDS = "needs xgboost: pip install 'mergeprobe-fast[fit]'"
 
@@ -35,7 +36,8 @@ def fit_boosted(
         "lambda": ridge, "tree_method": "hist", "nthread": 1, "seed": seed, "verbosity": 0,
     }  # fmt: skip
     data = xgb.DMatrix(np.asarray(x, np.float32), label=t, weight=weights, nthread=1)
-    return forest_of(xgb.train(settings, data, rounds), start, x)
+    forest = forest_of(xgb.train(settings, data, rounds), start, x)
+    return dataclasses.replace(forest, trees=[rounded(tree, x) for tree in forest.trees])
 
 
 def forest_of(booster: Any, start: float, x: np.ndarray) -> Forest:

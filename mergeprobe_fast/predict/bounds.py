@@ -40,12 +40,14 @@ class Bounds:
     inverse: np.ndarray
     limit: float
 
-    def check(self, x: np.ndarray, ranks: Ranks) -> np.ndarray:
+    def check(self, x: np.ndarray, z: np.ndarray) -> np.ndarray:
         """(n,) ``INSIDE``, the number of the column that is farthest out, ``MISSING`` or ``FAR``.
+
+        ``x`` and its ranks ``z`` are (n, columns).
 
         ``MISSING`` stands for a column that all training rows have and this one has not.
         """
-        out = np.where(_distance(ranks(x), self.inverse) > self.limit, FAR, INSIDE)
+        out = np.where(_distance(z, self.inverse) > self.limit, FAR, INSIDE)
         out[(np.isnan(x) & self.complete).any(axis=1)] = MISSING
         width = np.where(self.high > self.low, self.high - self.low, 1.0)
         with np.errstate(invalid="ignore"):

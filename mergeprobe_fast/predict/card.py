@@ -12,9 +12,9 @@ _LIMITS = (
     "It answers for the base models named above, and for adapters, merges and texts of the kind "
     "it was fitted on. On another base model a closed form answers, marked uncalibrated, without "
     "an interval.",
-    "Intervals are calibrated on adapters of unseen families from the same kind of zoo. On a "
-    "domain that is not among those above they cover less: the scores have it measured, where "
-    "there are several domains.",
+    "Intervals are calibrated on adapters of unseen families and on unseen pairs of domains, from "
+    "the same kind of zoo. On a domain that is not among those above they cover less: the scores "
+    "have it measured, where there are several domains.",
     "Rows unlike those of training are marked as outside: their numbers are not vouched for.",
     "What is predicted is the share of the gain in log-likelihood that is left, where the labels "
     "are that: accuracy follows it loosely.",

@@ -30,6 +30,7 @@ from mergeprobe_fast.predict.splits import (
     SPLITS,
     Fold,
     Split,
+    domain_folds,
     family_folds,
     held_out,
     predict_held_out,
@@ -106,14 +107,16 @@ def evaluate_model(
         InputError: no level has its columns in the labels.
     """
     out = {}
-    base = labels.bases[0] if len(labels.bases) == 1 else None
+    base, fingerprint = (
+        found[0] if len(found) == 1 else None for found in (labels.bases, labels.fingerprints)
+    )
     for early in (False, True):
         names = {n.removeprefix(EARLY): n for n in labels.columns if n.startswith(EARLY) == early}
         columns = {n: labels.columns[name] for n, name in names.items()}
         if not columns:
             continue
         try:
-            found = predictor.predict(columns, early=early, base=base)
+            found = predictor.predict(columns, early=early, base=base, fingerprint=fingerprint)
         except InputError:
             continue
         there = np.isfinite(found.retention)
@@ -159,15 +162,15 @@ def _held(
     def learn(seen: Labels, asked: Labels) -> dict[str, np.ndarray]:
         model = fit_level(
             columns, matrix(seen, level, columns), seen.y, seen.se,
-            family_folds(seen, recipe.folds, recipe.seed), recipe,
+            family_folds(seen, recipe.folds, recipe.seed),
+            domain_folds(seen, recipe.folds, recipe.seed), recipe,
         )  # fmt: skip
         x = matrix(asked, level, columns)
-        value, low, high = model.predict(x)
-        outside = model.bounds.check(x, model.ranks) != INSIDE
+        value, low, high, codes = model.answer(x)
         if progress is not None:
             progress(1)
         others = rivals(seen, asked, level, recipe)
-        return {"": value, " low": low, " high": high, " outside": outside, **others}
+        return {"": value, " low": low, " high": high, " outside": codes != INSIDE, **others}
 
     fold, found = predict_held_out(labels, folds, learn)
     value, low, high, outside = (found.pop(n) for n in ("", " low", " high", " outside"))

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from mergeprobe_fast.predict.forest import Forest, Tree
+from mergeprobe_fast.predict.forest import Forest, Tree, between
 from mergeprobe_fast.predict.linear import short
 
 _NAMES = ("column", "at", "left", "right", "missing_left", "rows")
@@ -62,11 +62,11 @@ def fit_extra(
 
 def _ranks(x: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
     """Ranks in (0, 1), NaN 0.5; by column its values and their ranks, ascending."""
-    ranks, known = np.full(x.shape, 0.5), []
+    ranks, known = np.full(x.shape, 0.5, np.float32), []
     for j in range(x.shape[1]):
         there = np.isfinite(x[:, j])
         found, place, number = np.unique(x[there, j], return_inverse=True, return_counts=True)
-        of = (np.cumsum(number) - number / 2) / max(int(there.sum()), 1)
+        of = ((np.cumsum(number) - number / 2) / max(int(there.sum()), 1)).astype(np.float32)
         ranks[there, j] = of[place.ravel()]
         known.append((found, of))
     return ranks, known
@@ -83,7 +83,7 @@ def _cuts(
     priority = np.where(low < high, rng.random(low.shape), 2.0)
     chosen = np.argsort(priority, axis=1, kind="stable")[:, :tried]
     low, high = (np.take_along_axis(v, chosen, 1) for v in (low, high))
-    at = low + (high - low) * rng.random(low.shape)
+    at = low + (high - low) * rng.random(low.shape, np.float32)
     of = np.repeat(np.arange(len(start)), size)
     left = np.take_along_axis(values, chosen[of], 1) < at[of]
     number = np.add.reduceat(left, start, dtype=np.int64)
@@ -105,12 +105,7 @@ def _limit(values: np.ndarray, ranks: np.ndarray, rank: float) -> np.float32:
         return np.nextafter(values[-1], np.float32(np.inf))
     if not place:
         return values[0]
-    before, here = float(values[place - 1]), float(values[place])
-    for digits in range(2, 9):
-        middle = np.float32(f"{(before + here) / 2:.{digits}g}")
-        if before < middle <= here:
-            return middle
-    return values[place]
+    return between(values[place - 1], values[place])
 
 
 def _trees(parts: list[np.ndarray], count: int) -> list[Tree]:

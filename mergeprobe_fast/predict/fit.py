@@ -14,7 +14,7 @@ from mergeprobe_fast.predict.labels import Labels
 from mergeprobe_fast.predict.level import FEWEST, LevelModel, fit_level
 from mergeprobe_fast.predict.predictor import Facts, RetentionPredictor
 from mergeprobe_fast.predict.recipe import Recipe
-from mergeprobe_fast.predict.splits import family_folds
+from mergeprobe_fast.predict.splits import domain_folds, family_folds
 
 
 def matrix(labels: Labels, level: str, columns: Sequence[str]) -> np.ndarray:
@@ -58,7 +58,8 @@ def fit(
         part = labels.part(rows)
         models[level] = fit_level(
             columns, matrix(part, level, columns), part.y, part.se,
-            family_folds(part, recipe.folds, recipe.seed), recipe, progress,
+            family_folds(part, recipe.folds, recipe.seed),
+            domain_folds(part, recipe.folds, recipe.seed), recipe, progress,
         )  # fmt: skip
     return RetentionPredictor(models, recipe, _facts(labels, notes))
 
@@ -70,8 +71,8 @@ def steps(
     """How often ``fit`` calls its progress."""
     recipe = recipe or Recipe()
     return sum(
-        len(family_folds(labels.part(rows), recipe.folds, recipe.seed))
-        for _, _, rows in plan(labels, levels, own)
+        len(deal(labels.part(rows), recipe.folds, recipe.seed))
+        for _, _, rows in plan(labels, levels, own) for deal in (family_folds, domain_folds)
     )
 
 

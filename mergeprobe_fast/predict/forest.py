@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -129,6 +130,28 @@ class Forest:
         for tree in self.trees:
             asked[tree.column[tree.column >= 0]] = True
         return asked
+
+
+def between(before: np.float32, here: np.float32) -> np.float32:
+    """About the middle of two values, in the fewest digits that keep them apart."""
+    middle = (float(before) + float(here)) / 2
+    for digits in range(2, 9):
+        found = np.float32(f"{middle:.{digits}g}")
+        if before < found <= here:
+            return found
+    return here
+
+
+def rounded(tree: Tree, x: np.ndarray) -> Tree:
+    """The same on (n, columns) training rows, in few digits: thresholds between their values."""
+    at = np.array([np.float32(f"{v:.5g}") for v in tree.at])
+    for node in np.flatnonzero(tree.column >= 0):
+        values = x[:, tree.column[node]].astype(np.float32)
+        below, above = values[values < tree.at[node]], values[values >= tree.at[node]]
+        at[node] = tree.at[node]
+        if len(below) and len(above):
+            at[node] = between(below.max(), above.min())
+    return dataclasses.replace(tree, at=at)
 
 
 def counted(tree: Tree, x: np.ndarray) -> Tree:

@@ -13,8 +13,10 @@ import numpy as np
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.predict.columns import RETENTION
+from mergeprobe_fast.predict.feature_file import joined
 
 TARGETS = ("ll_norm", "retention", "y")  # the first that the file has
+_MERGE = ("method", "rank")  # besides members, operator and weights, what tells merges apart
 _SEEDS = ("train_seed", "seed")
 _RECIPE = "train_"  # columns that say how an adapter was trained begin with it
 # What differs between retrainings of one adapter, and so tells no family.
@@ -46,9 +48,10 @@ class Labels:
     Attributes:
         adapters: that the labels are about.
         members: (n, widest) numbers of a row's adapters, the row's own first, -1 behind the last.
-        merge: the number of the merge: rows of one set, operator and weights share it.
+        merge: the number of the merge: rows of one set, operator, method, rank and weights share
+            it.
         operator: its name.
-        y, se: what the member kept, clipped to ``RETENTION``, and its standard error.
+        y, se: what the member kept, clipped to ``RETENTION``, and its standard error; 0: unknown.
         columns: float64, NaN where unknown.
         weights: (n, widest) of the members in the order of ``members``; None: unknown.
         bases: names of the base models they were measured on; none: unknown.
@@ -124,7 +127,12 @@ def codes(*columns: Sequence[Any]) -> np.ndarray:
 
 
 def read_labels(
-    path: str | os.PathLike[str], *, target: str | None = None, operators: Sequence[str] = ()
+    path: str | os.PathLike[str],
+    *,
+    target: str | None = None,
+    operators: Sequence[str] = (),
+    features: str | os.PathLike[str] | None = None,
+    at: float | None = None,
 ) -> Labels:
     """The labels of a parquet or csv file.
 
@@ -137,6 +145,9 @@ def read_labels(
     Args:
         target: default: the first of ``TARGETS`` that there is.
         operators: those to read; default: all.
+        features: a second file with the columns of the same rows: merge-peft's
+            ``merge-features.parquet``; both need a column ``row``.
+        at: with it, of snapshots at this share of training, too.
 
     Rows without a target are left out. Without families, those that agree in domain and
     ``train_...`` columns but for seeds are one; without those, every adapter is its own.
@@ -147,6 +158,8 @@ def read_labels(
     """
     path = Path(path)
     columns = _read(path)
+    if features is not None:
+        columns = joined(columns, path, Path(features), at, _read)
     name = target or next((t for t in TARGETS if t in columns), TARGETS[0])
     for needed in ("members", "member", name, *(("operator",) if operators else ())):
         if needed not in columns:
@@ -168,11 +181,12 @@ def read_labels(
     # One merge in whatever order its members stand.
     order = np.argsort(members, axis=1, kind="stable")
     keys = [*np.sort(members, axis=1).T, operator]
+    keys += [np.array([str(v) for v in columns[n]]) for n in _MERGE if n in columns]
     if weights is not None:
         keys += [np.nan_to_num(w) for w in np.take_along_axis(weights, order, 1).T]
     merge = codes(*keys)
     return Labels(
-        adapters, members, merge, operator, np.clip(y[at], *RETENTION), np.nan_to_num(se),
+        adapters, members, merge, operator, np.clip(y[at], *RETENTION), _errors(se),
         {n: _numbers(v, n, path) for n, v in columns.items() if _numeric(v)}, weights,
         tuple(sorted({b for b in columns.get("base", ()) if b})), (),
         hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -189,7 +203,8 @@ def _read(path: Path) -> dict[str, list[Any]]:
         raise InputError("is not there" if not path.exists() else "is not a file", path=path)
     try:
         if path.suffix == ".csv":
-            table = pyarrow.csv.read_csv(path)
+            quoted = pyarrow.csv.ParseOptions(newlines_in_values=True)
+            table = pyarrow.csv.read_csv(path, parse_options=quoted)
         else:
             table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -216,11 +231,23 @@ def _numbers(values: Sequence[Any], name: str, path: Path) -> np.ndarray:
     return found
 
 
+def _errors(se: np.ndarray) -> np.ndarray:
+    """Unknown ones are as large as those that are known; without any, 0."""
+    known = np.isfinite(se)
+    usual = float(np.sqrt(np.square(se[known]).mean())) if known.any() else 0.0
+    return np.where(known, np.abs(se), usual)
+
+
 def _sets(
     columns: Mapping[str, list[Any]], path: Path
 ) -> tuple[tuple[Adapter, ...], np.ndarray, np.ndarray | None]:
     """The adapters, and of each row their numbers and weights, its own first."""
-    rows, own = [_names(v) for v in columns["members"]], columns["member"]
+    for name in ("members", "member"):
+        for i, value in enumerate(columns[name]):
+            if value is None or value == "" or value == []:
+                raise InputError(f"row {i} names nobody", path=path, key=name)
+    # A csv of names that are numbers is read as numbers.
+    rows, own = [_names(v) for v in columns["members"]], [str(v) for v in columns["member"]]
     given = [_weights(v, path) for v in columns["weights"]] if "weights" in columns else None
     names = sorted({n for row in rows for n in row})
     number = {n: i for i, n in enumerate(names)}

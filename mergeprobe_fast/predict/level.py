@@ -54,13 +54,19 @@ class LevelModel:
     bounds: Bounds
     rows: int
 
-    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Retention, low and high, (n,) each, from (n, columns)."""
-        middle, size = _predicted(self.parts, self.soft, self.scale, x)
+    def answer(
+        self, x: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Retention, low, high and what ``Bounds.check`` says, (n,) each, from (n, columns)."""
+        z = self.ranks(x)
+        found = _inner(self.parts, x, z)
+        middle, size = outer(found.mean, self.soft), np.ones(len(x))
+        if self.scale is not None:
+            size = np.exp(self.scale.predict(_told(x, found)))
         low = np.clip(middle - self.below * size, *RETENTION)
-        return middle, np.minimum(low, middle), np.clip(
-            np.maximum(middle + self.above * size, middle), *RETENTION
-        )  # fmt: skip
+        high = np.clip(middle + self.above * size, *RETENTION)
+        codes = self.bounds.check(x, z)
+        return middle, np.minimum(low, middle), np.maximum(high, middle), codes
 
     def contributions(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """A constant and (columns,) of one row; they add up to ``inner`` of its prediction."""
@@ -70,10 +76,6 @@ class LevelModel:
             constant += part.share * own
             out += part.share * each
         return constant, out
-
-    def inner(self, x: np.ndarray) -> np.ndarray:
-        """(n,) what the models predict: minus the log of damage plus ``soft``."""
-        return _inner(self.parts, x).mean
 
     def outer(self, inner: np.ndarray) -> np.ndarray:
         """The retention of it."""
@@ -97,8 +99,11 @@ class _Inner:
     spread: np.ndarray  # largest less smallest of the parts
 
 
-def _inner(parts: Sequence[Part], x: np.ndarray) -> _Inner:
-    each = [p.model.predict(x) for p in parts]
+def _inner(parts: Sequence[Part], x: np.ndarray, z: np.ndarray | None = None) -> _Inner:
+    """``z``: the ranks of ``x``, where they are known."""
+    each = [
+        p.model.predict(x, z) if isinstance(p.model, Linear) else p.model.predict(x) for p in parts
+    ]
     mean = sum(p.share * t for p, t in zip(parts, each, strict=True))
     return _Inner(mean, np.ptp(np.array(each), axis=0))
 
@@ -106,14 +111,6 @@ def _inner(parts: Sequence[Part], x: np.ndarray) -> _Inner:
 def _told(x: np.ndarray, found: _Inner) -> np.ndarray:
     """What the size of an error is learnt from."""
     return np.column_stack([x, found.mean, found.spread])
-
-
-def _predicted(
-    parts: Sequence[Part], soft: float, scale: Forest | None, x: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    found = _inner(parts, x)
-    size = np.ones(len(x)) if scale is None else np.exp(scale.predict(_told(x, found)))
-    return outer(found.mean, soft), size
 
 
 def fit_parts(
@@ -148,51 +145,67 @@ def fit_parts(
 
 def fit_level(
     columns: Sequence[str], x: np.ndarray, y: np.ndarray, se: np.ndarray, folds: Folds,
-    recipe: Recipe, advance: Callable[[int], None] | None = None,
+    apart: Folds, recipe: Recipe, advance: Callable[[int], None] | None = None,
 ) -> LevelModel:  # fmt: skip
-    """Fit on (n, columns) rows; ``folds`` hold out families, ``advance`` is called per fold.
+    """Fit on (n, columns) rows; ``folds`` hold out families, ``apart`` pairs of domains, if any.
 
-    Intervals are conformal: the errors of rows whose family was held out, over the scale that was
-    learnt from the other folds' errors (locally weighted, Lei et al. 2018; folds as the CV+ of
-    Barber et al. 2021, about the model of all rows). Each side has its own quantile.
+    Intervals are conformal: the errors of rows that were held out, over the scale that was learnt
+    from the errors of other rows (locally weighted, Lei et al. 2018; folds as the CV+ of Barber
+    et al. 2021, about the model of all rows). Each side has its own quantile. Both kinds of folds
+    count alike: a new adapter meets domains that were merged before, and such that were not; by
+    families alone, intervals were too narrow for the latter. ``advance`` is called per fold.
 
     Raises:
         InputError: the folds leave too little to learn from.
     """
-    middle, told = np.full(len(y), np.nan), np.full((len(y), x.shape[1] + 2), np.nan)
-    fold = np.full(len(y), -1)
-    for number, (test, gone) in enumerate(folds):
-        left = ~gone
-        if np.count_nonzero(left) >= FEWEST // 2:
-            inside = [(t[left], g[left]) for k, (t, g) in enumerate(folds) if k != number]
-            parts = fit_parts(x[left], y[left], se[left], inside, recipe)
-            found = _inner(parts, x[test])
-            middle[test], told[test] = outer(found.mean, recipe.soft), _told(x[test], found)
-            fold[test] = number
-        if advance is not None:
-            advance(1)
-    known = np.isfinite(middle)
-    if not known.any():
-        reason = f"no fold of families leaves {FEWEST // 2} rows to learn from"
-        raise InputError(reason, key="labels")
-    error = np.where(known, y - middle, 0.0)
-    size = np.ones(len(y))
-    scale = None
-    if recipe.scale_rounds and np.count_nonzero(known) >= _SCALE_ROWS:
-        for k in np.unique(fold[known]):
-            others = known & (fold != k)
-            if np.count_nonzero(others) >= _SCALE_ROWS // 2:
-                size[fold == k] = np.exp(
-                    _fit_scale(told[others], error[others], recipe).predict(told[fold == k])
-                )
-        scale = _fit_scale(told[known], error[known], recipe)
-    scores = error[known] / size[known]
+    found: list[_Errors] = []
+    for kind in (folds, apart):
+        for number, (test, gone) in enumerate(kind):
+            left = ~gone
+            if np.count_nonzero(left) >= FEWEST // 2:
+                inside = [(t[left], g[left]) for k, (t, g) in enumerate(folds)
+                          if kind is not folds or k != number]  # fmt: skip
+                parts = fit_parts(x[left], y[left], se[left], inside, recipe)
+                said = _inner(parts, x[test])
+                error = y[test] - outer(said.mean, recipe.soft)
+                found.append(_Errors(np.flatnonzero(test), error, _told(x[test], said)))
+            if advance is not None:
+                advance(1)
+        if not found:
+            reason = f"no fold of families leaves {FEWEST // 2} rows to learn from"
+            raise InputError(reason, key="labels")
+    scale, scores = _scaled(found, recipe)
     ranks = ranks_of(x)
     return LevelModel(
         tuple(columns), recipe.soft, fit_parts(x, y, se, folds, recipe), scale,
         _quantile(-scores, recipe.coverage), _quantile(scores, recipe.coverage), ranks,
         bounds_of(x, ranks, folds, recipe.rare), len(y),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Errors:
+    """Of one fold: numbers of the rows held out, their errors, and what a size is learnt from."""
+
+    rows: np.ndarray
+    error: np.ndarray
+    told: np.ndarray
+
+
+def _scaled(found: Sequence[_Errors], recipe: Recipe) -> tuple[Forest | None, np.ndarray]:
+    """The model of sizes, and all errors over the size that other rows' errors say."""
+    rows, error = (np.concatenate([getattr(f, n) for f in found]) for n in ("rows", "error"))
+    if not recipe.scale_rounds or len(np.unique(rows)) < _SCALE_ROWS:
+        return None, error
+    told = np.concatenate([f.told for f in found])
+    scores = []
+    for fold in found:
+        others = ~np.isin(rows, fold.rows)
+        size = np.ones(len(fold.rows))
+        if np.count_nonzero(others) >= _SCALE_ROWS // 2:
+            size = np.exp(_fit_scale(told[others], error[others], recipe).predict(fold.told))
+        scores.append(fold.error / size)
+    return _fit_scale(told, error, recipe), np.concatenate(scores)
 
 
 def _fit_scale(told: np.ndarray, error: np.ndarray, recipe: Recipe) -> Forest:

@@ -38,13 +38,12 @@ class Ranks:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """(n, columns) standardised ranks; 0, the middle, for NaN."""
-        out = np.zeros(x.shape)
+        out = np.zeros(x.shape[::-1])
         for j, (v, r) in enumerate(zip(self.values, self.ranks, strict=True)):
             if len(v) > 1:
-                there = ~np.isnan(x[:, j])
-                at = np.interp(x[there, j], v, r)
-                out[there, j] = (at - self.mean[j]) / self.deviation[j]
-        return out
+                at = np.interp(np.ascontiguousarray(x[:, j]), v, r)  # of NaN it is NaN
+                out[j] = np.nan_to_num((at - self.mean[j]) / self.deviation[j], copy=False)
+        return out.T
 
 
 def ranks_of(x: np.ndarray) -> Ranks:
@@ -73,9 +72,10 @@ class Linear:
     intercept: float
     coefficients: np.ndarray
 
-    def predict(self, x: np.ndarray) -> np.ndarray:
-        """(n,) from (n, columns)."""
-        return self.intercept + np.einsum("nc,c->n", self.ranks(x), self.coefficients)
+    def predict(self, x: np.ndarray, z: np.ndarray | None = None) -> np.ndarray:
+        """(n,) from (n, columns); ``z``: the ranks of ``x``, where they are known."""
+        z = self.ranks(x) if z is None else z
+        return self.intercept + np.einsum("nc,c->n", z, self.coefficients)
 
     def contributions(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """A constant and (columns,) what each column adds to it for one row."""

@@ -30,15 +30,14 @@ from mergeprobe_fast.io.json_fields import (
 from mergeprobe_fast.io.strict_json import Bad
 from mergeprobe_fast.predict.bounds import Bounds
 from mergeprobe_fast.predict.columns import EARLY, meaning
-from mergeprobe_fast.predict.forest import Forest, Tree
+from mergeprobe_fast.predict.forest import Forest
+from mergeprobe_fast.predict.forest_json import TREE, forest_json, read_forest
 from mergeprobe_fast.predict.level import LevelModel, Part
 from mergeprobe_fast.predict.linear import Linear, Ranks
 from mergeprobe_fast.predict.predictor import Facts, RetentionPredictor
 from mergeprobe_fast.predict.recipe import Recipe
 
 FORMAT, VERSION = "mergeprobe-predictor", 1
-_TREE = {"column": np.int32, "at": np.float32, "left": np.int32, "right": np.int32,
-         "missing_left": bool, "rows": np.int32}  # fmt: skip
 
 
 def write_model(
@@ -65,6 +64,8 @@ def read_model(path: str | os.PathLike[str]) -> RetentionPredictor:
         return from_json(value)
     except Bad as bad:
         raise InputError(bad.reason, path=path, key=bad.key) from None
+    except RecursionError:
+        raise InputError("is nested too deeply", path=path, key="facts.evaluation") from None
 
 
 def model_text(predictor: RetentionPredictor) -> str:
@@ -86,7 +87,7 @@ def _lines(value: Any, depth: int) -> str:
 
 
 def _is_tree(value: Any) -> bool:
-    return isinstance(value, Mapping) and set(value) == set(_TREE)
+    return isinstance(value, Mapping) and set(value) == set(TREE)
 
 
 def _compact(value: Any) -> str:
@@ -118,7 +119,7 @@ def _level(model: LevelModel) -> dict[str, Any]:
         "rows": model.rows, "soft": model.soft,
         "intervals": {"below": model.below, "above": model.above},
         "distance": {"limit": b.limit, "inverse": b.inverse.tolist()},
-        "scale": None if model.scale is None else _forest(model.scale),
+        "scale": None if model.scale is None else forest_json(model.scale),
         "parts": [{"share": p.share, **_part(p.model)} for p in model.parts],
     }  # fmt: skip
 
@@ -129,24 +130,9 @@ def _or_null(value: float) -> float | None:
 
 def _part(model: Forest | Linear) -> dict[str, Any]:
     if isinstance(model, Forest):
-        return {"trees": _forest(model), "linear": None}
+        return {"trees": forest_json(model), "linear": None}
     slopes = model.coefficients.tolist()
     return {"trees": None, "linear": {"intercept": model.intercept, "coefficients": slopes}}
-
-
-def _forest(forest: Forest) -> dict[str, Any]:
-    return {"start": forest.start, "scale": forest.scale,
-            "trees": [_tree(tree) for tree in forest.trees]}  # fmt: skip
-
-
-def _tree(tree: Tree) -> dict[str, Any]:
-    return {
-        "column": tree.column.tolist(),
-        # The shortest digits that are this float32 again.
-        "at": [float(str(v)) for v in tree.at],
-        "left": tree.left.tolist(), "right": tree.right.tolist(),
-        "missing_left": tree.missing_left.astype(int).tolist(), "rows": tree.rows.tolist(),
-    }  # fmt: skip
 
 
 def from_json(value: dict[str, Any]) -> RetentionPredictor:
@@ -222,7 +208,7 @@ def _model(value: Any, where: str) -> LevelModel:
         raise Bad("shares do not add up to 1", f"{where}.parts")
     scale = None
     if top["scale"] is not None:
-        scale = _read_forest(top["scale"], f"{where}.scale", len(names) + 2)
+        scale = read_forest(top["scale"], f"{where}.scale", len(names) + 2)
     bounds = Bounds(
         *(np.array([c[k] for c in columns], np.float64) for k in ("low", "high", "median")),
         np.array([c["complete"] for c in columns], bool), np.array(inverse, np.float64),
@@ -269,54 +255,9 @@ def _read_part(value: Any, where: str, columns: int, ranks: Ranks) -> Part:
     if (found["trees"] is None) == (found["linear"] is None):
         raise Bad("needs trees or linear, and not both", where)
     if found["linear"] is None:
-        return Part(found["share"], _read_forest(found["trees"], f"{where}.trees", columns))
+        return Part(found["share"], read_forest(found["trees"], f"{where}.trees", columns))
     slopes = found["linear"]["coefficients"]
     if len(slopes) != columns:
         raise Bad("are not one a column", f"{where}.linear.coefficients")
     model = Linear(ranks, found["linear"]["intercept"], np.array(slopes, np.float64))
     return Part(found["share"], model)
-
-
-def _read_forest(value: Any, where: str, columns: int) -> Forest:
-    found = fields(
-        value, where, start=number, scale=number,
-        trees=many(lambda v, w: _read_tree(v, w, columns)),
-    )  # fmt: skip
-    return Forest(found["trees"], found["start"], found["scale"])
-
-
-def _read_tree(value: Any, where: str, columns: int) -> Tree:
-    whole = many(_whole)
-    found = fields(
-        value, where, column=whole, at=many(number, 1), left=whole, right=whole,
-        missing_left=whole, rows=whole,
-    )  # fmt: skip
-    size = len(found["at"])
-    for name, values in found.items():
-        if len(values) != size:
-            raise Bad(f"has {len(values)} nodes, at has {size}", f"{where}.{name}")
-    if max(map(abs, found["at"])) > float(np.finfo(np.float32).max):
-        raise Bad("is beyond float32", f"{where}.at")
-    tree = Tree(**{n: np.array(found[n]).astype(k) for n, k in _TREE.items()})
-    leaf = tree.column < 0
-    if (tree.column < -1).any() or (tree.column >= columns).any():
-        raise Bad(f"asks for a column beyond the {columns}", f"{where}.column")
-    if not set(found["missing_left"]) <= {0, 1} or min(found["rows"]) < 0:
-        raise Bad("missing_left or rows out of range", where)
-    if (tree.left[leaf] != -1).any() or (tree.right[leaf] != -1).any():
-        raise Bad("a leaf has children", where)
-    inner = np.flatnonzero(~leaf)
-    children = np.concatenate([tree.left[inner], tree.right[inner]])
-    after = np.tile(inner, 2)
-    if (children >= size).any() or (children <= after).any():
-        raise Bad("a child is no later node of the tree", where)
-    # Later than its parent, and each but the root somebody's only once: a tree.
-    if len(np.unique(children)) != len(children) or len(children) != size - 1:
-        raise Bad("a node has not exactly one parent", where)
-    return tree
-
-
-def _whole(value: Any, where: str) -> int:
-    if type(value) is not int or not -1 <= value < 2**31:
-        raise Bad("is not an integer from -1", where)
-    return value

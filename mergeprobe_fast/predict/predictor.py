@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.predict.bounds import INSIDE, reason
+from mergeprobe_fast.predict.bounds import INSIDE
 from mergeprobe_fast.predict.columns import EARLY, meaning, score
 from mergeprobe_fast.predict.level import LevelModel
+from mergeprobe_fast.predict.prediction import Explanation, Prediction, Reasons
 from mergeprobe_fast.predict.recipe import Recipe
 
 DEFAULT = Path(__file__).parent / "data" / "default.json"
@@ -44,61 +45,6 @@ class Facts:
     made_by: str = ""
     notes: tuple[str, ...] = ()
     evaluation: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """Retention of members of merges. Arrays have the shape of the columns.
-
-    Attributes:
-        retention: 1: all the adapter had learned is still there; 0: nothing; NaN: undefined.
-        low, high: hold it in ``coverage`` of the cases; NaN where no interval is claimed.
-        outside: the row is unlike those of training: the numbers are there, but not to rely on.
-        level: of the model that answered, say "calibration"; "score": a closed form did.
-        calibrated: False: a closed form on a base model that the predictor has not seen, or
-            without the columns of any level; it ranks, and its scale means little.
-        coverage: of the intervals; NaN where there are none.
-        reason: in words why this level, and the commonest reason of rows outside.
-    """
-
-    retention: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    outside: np.ndarray
-    level: str
-    calibrated: bool
-    coverage: float
-    reason: str
-    _why: Mapping[int, str] = field(default_factory=dict, repr=False)
-    _codes: np.ndarray | None = field(default=None, repr=False)
-
-    def why(self, *row: int) -> str:
-        """Why the row with these indices is outside; "" where it is not."""
-        if self._codes is None:
-            return ""
-        at = int(np.ravel_multi_index(row, self.retention.shape))
-        return self._why.get(at, "")
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What one row's prediction is made of, by path attribution (``forest.contributions``).
-
-    Attributes:
-        level, retention: of the prediction.
-        constant: what is predicted before any column is known, on the scale that is learnt: minus
-            the log of damage.
-        contributions: (column, its value, what it adds on that scale), the largest first; they and
-            ``constant`` add up to ``total``, whose retention is the prediction.
-        sentence: the first of them in words.
-    """
-
-    level: str
-    retention: float
-    constant: float
-    total: float
-    contributions: tuple[tuple[str, float, float], ...]
-    sentence: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +121,9 @@ class RetentionPredictor:
             base: the base model's name; ``fingerprint``: of its configuration, as a calibration
                 has it (``config_sha256``).
 
-        The richest level answers whose columns are all there, each known in some row. On a base
-        that the predictor does not know, or that is not named, a closed form answers.
+        Each row is answered by the richest level whose columns are all there and that knows, of
+        that row, whatever it knew of all rows of training; by the poorest level where none does.
+        On a base that the predictor does not know, or that is not named, a closed form answers.
 
         Raises:
             InputError: columns of different shapes; no level and no closed form has its columns.
@@ -189,24 +136,27 @@ class RetentionPredictor:
             told = "the base model is not named" if base is None else f"{base!r} is not among them"
             known = ", ".join(self.facts.bases)
             return self._scored(values, shape, f"fitted on {known}; {told}")
-        level = self._level(values, early)
-        if level is None:
+        found = self._answering(values, early)
+        if not found:
             return self._scored(values, shape, "no level has its columns")
-        model = self.models[level]
-        x = _matrix(values, model.columns)
-        there = np.isfinite(x).any(axis=1)
-        found = [np.full(len(x), np.nan) for _ in range(3)]
-        codes = np.full(len(x), INSIDE)
-        if there.any():
-            for into, values_ in zip(found, model.predict(x[there]), strict=True):
-                into[there] = values_
-            codes[there] = model.bounds.check(x[there], model.ranks)
-        why = _Reasons(codes, x, model)
+        rows = int(np.prod(shape))
+        answers = [np.full(rows, np.nan) for _ in range(3)]
+        codes = np.full(rows, INSIDE)
+        for _, own, x, model in found:
+            *said, codes[own] = model.answer(x)
+            for into, values_ in zip(answers, said, strict=True):
+                into[own] = values_
+        why = Reasons(codes, [part[1:] for part in found])
+        # The richest of those that answer as many rows.
+        level = max(found, key=lambda part: len(part[1]))[0]
+        text, there = f"level {level}", sum(len(part[1]) for part in found)
+        for name, own, _, _ in found:
+            if name != level and len(own):
+                text += f"; level {name} for {len(own)} of {there} rows, which lack columns"
+        if len(why):
+            text += f"; {why.commonest()} ({len(why)} of {there} rows are outside)"
         out = codes != INSIDE
-        text = f"level {level}"
-        if out.any():
-            text += f"; {why.commonest()} ({out.sum()} of {there.sum()} rows are outside)"
-        retention, low, high = (v.reshape(shape) for v in found)
+        retention, low, high = (v.reshape(shape) for v in answers)
         return Prediction(
             retention, low, high, out.reshape(shape), level, True, self.coverage, text, why, codes
         )
@@ -221,17 +171,17 @@ class RetentionPredictor:
         """
         values = {n: v for n, v in columns.items() if _is_number(v)}
         shape = _shape(values)
-        level = self._level(values, early)
-        if level is None:
-            raise InputError("no level has its columns", key="columns")
-        model = self.models[level]
         try:
             at = int(np.ravel_multi_index(row if isinstance(row, tuple) else (row,), shape))
         except ValueError:
             raise InputError(f"{row} is no row of shape {shape}", key="row") from None
-        x = _matrix(values, model.columns)[at]
-        if not np.isfinite(x).any():
+        found = self._answering({n: np.ravel(v)[at : at + 1] for n, v in values.items()}, early)
+        if not found:
+            raise InputError("no level has its columns", key="columns")
+        level, _, x, model = next((part for part in found if len(part[1])), found[0])
+        if not len(x):
             raise InputError(f"row {row} has no value", key="row")
+        x = x[0]
         constant, each = model.contributions(x)
         order = np.argsort(-np.abs(each), kind="stable")
         total = constant + float(each.sum())
@@ -247,14 +197,29 @@ class RetentionPredictor:
             sentence = "No column tells it from the average."
         return Explanation(level, retention, constant, total, parts, sentence)
 
-    def _level(self, values: Mapping[str, np.ndarray], early: bool) -> str | None:
-        for level in reversed(self.models):
-            needed = self.models[level].columns
-            if level.startswith(EARLY) == early and all(
-                n in values and np.isfinite(values[n]).any() for n in needed
-            ):
-                return level
-        return None
+    def _answering(
+        self, values: Mapping[str, np.ndarray], early: bool
+    ) -> list[tuple[str, np.ndarray, np.ndarray, LevelModel]]:
+        """Of each level whose columns are there, richest first: the rows that it answers and x."""
+        able = [
+            (level, model) for level, model in reversed(self.models.items())
+            if level.startswith(EARLY) == early and all(n in values for n in model.columns)
+        ]  # fmt: skip
+        out = []
+        left: np.ndarray | None = None
+        for level, model in able:
+            x = _matrix(values, model.columns)
+            left = np.arange(len(x)) if left is None else left
+            known = np.isfinite(x[left])
+            knows = known.any(axis=1)
+            if model is not able[-1][1]:
+                knows &= known[:, model.bounds.complete].all(axis=1)
+            own = left[knows]
+            out.append((level, own, x[own], model))
+            left = left[~knows]
+            if not len(left):
+                break
+        return out
 
     def _scored(
         self, values: Mapping[str, np.ndarray], shape: tuple[int, ...], why: str
@@ -267,31 +232,6 @@ class RetentionPredictor:
             retention.reshape(shape), none, none.copy(), np.zeros(shape, bool), UNCALIBRATED,
             False, float("nan"), f"uncalibrated, {words}: {why}",
         )  # fmt: skip
-
-
-class _Reasons(Mapping[int, str]):
-    """The reason of each row outside, made when asked for."""
-
-    def __init__(self, codes: np.ndarray, x: np.ndarray, model: LevelModel) -> None:
-        self._codes, self._x, self._model = codes, x, model
-
-    def __getitem__(self, row: int) -> str:
-        if self._codes[row] == INSIDE:
-            raise KeyError(row)
-        model = self._model
-        return reason(int(self._codes[row]), model.columns, self._x[row], model.bounds)
-
-    def __iter__(self):
-        return iter(np.flatnonzero(self._codes != INSIDE).tolist())
-
-    def __len__(self) -> int:
-        return int(np.count_nonzero(self._codes != INSIDE))
-
-    def commonest(self) -> str:
-        """The reason of the first row that has the most frequent code."""
-        out = self._codes[self._codes != INSIDE]
-        codes, counts = np.unique(out, return_counts=True)
-        return self[int(np.flatnonzero(self._codes == codes[counts.argmax()])[0])]
 
 
 def _is_number(values: Any) -> bool:

@@ -27,7 +27,8 @@ class Recipe:
         extra_*: extremely randomised trees: how many, rows of a leaf, share of columns a split.
         lasso: of the sparse linear model's penalty, the share that is absolute values.
         noise: standard error of a label that halves its weight against one without error.
-        folds: of families, to learn how far predictions of unseen adapters are off.
+        folds: of families, and as many of pairs of domains, to learn how far predictions of unseen
+            ones are off.
         scale_*: the small boosted trees that say how far, row by row.
         coverage: of the intervals.
         rare: of rows of unseen adapters, the share that each rule may call outside.
@@ -38,7 +39,7 @@ class Recipe:
     boosted_share: float = 0.45
     extra_share: float = 0.35
     linear_share: float = 0.2
-    boost_seeds: int = 2
+    boost_seeds: int = 1
     boost_rounds: int = 200
     boost_depth: int = 3
     boost_rate: float = 0.05
@@ -46,12 +47,12 @@ class Recipe:
     boost_columns: float = 0.3
     boost_child_weight: float = 3.0
     boost_ridge: float = 3.0
-    extra_count: int = 50
-    extra_leaf: int = 4
+    extra_count: int = 30
+    extra_leaf: int = 5
     extra_columns: float = 0.34
     lasso: float = 0.5
     noise: float = 0.1
-    folds: int = 8
+    folds: int = 6
     scale_rounds: int = 60
     scale_depth: int = 2
     coverage: float = 0.9

@@ -14,7 +14,7 @@ from mergeprobe_fast.predict.recipe import Recipe
 from mergeprobe_fast.predict.splits import family_folds
 
 MEAN, CELL = "mean", "mean of domain pair"
-METADATA = "metadata + domains"
+METADATA = "metadata + domains"  # of the adapters, and the operator's name
 COSINE, NORM = "cosine only", "norm ratio only"
 CLOSED = "closed form, no fit"
 _SINGLE = {COSINE: "change_cosine", NORM: "change_to_self"}
@@ -49,36 +49,43 @@ def _families(labels: Labels) -> int:
 
 
 def _cell_mean(seen: Labels, asked: Labels) -> np.ndarray:
-    """The mean of merges of the same domains and own one; else of the own one; else of all."""
+    """The mean of the finest cell with labels enough: own domain, the others, the operator."""
     keys = [_cells(labels) for labels in (seen, asked)]
     out = np.full(len(asked), seen.y.mean())
-    for coarse in (True, False):
+    for parts in (1, 2, 3):
         known: dict[object, list[float]] = {}
         for key, y in zip(keys[0], seen.y, strict=True):
-            known.setdefault(key[0] if coarse else key, []).append(y)
+            known.setdefault(key[:parts], []).append(y)
         for row, key in enumerate(keys[1]):
-            own = known.get(key[0] if coarse else key, ())
+            own = known.get(key[:parts], ())
             if len(own) >= _FEWEST:
                 out[row] = np.mean(own)
     return out
 
 
-def _cells(labels: Labels) -> list[tuple[str, tuple[str, ...]]]:
-    return [(row[0], tuple(sorted(d for d in row[1:] if d))) for row in labels.of("domain")]
+def _cells(labels: Labels) -> list[tuple[str, tuple[str, ...], str]]:
+    return [
+        (row[0], tuple(sorted(d for d in row[1:] if d)), str(operator))
+        for row, operator in zip(labels.of("domain"), labels.operator, strict=True)
+    ]
 
 
 def _metadata(seen: Labels, asked: Labels, recipe: Recipe) -> np.ndarray:
-    """Our ensemble on how the adapters were trained, for which domains, and how many there are."""
+    """Our ensemble on how adapters were trained, for what domains, how many, and how merged."""
     names = sorted({n for a in seen.adapters for n in a.recipe})
     domains = sorted({a.domain for a in seen.adapters})
-    x, new = (metadata(labels, names, domains) for labels in (seen, asked))
+    operators = sorted({str(o) for o in seen.operator})
+    x, new = (metadata(labels, names, domains, operators) for labels in (seen, asked))
     folds = family_folds(seen, recipe.folds, recipe.seed) if _families(seen) > 1 else []
     parts = fit_parts(x, seen.y, seen.se, folds, recipe)
     return outer(sum(p.share * p.model.predict(new) for p in parts), recipe.soft)
 
 
-def metadata(labels: Labels, names: Sequence[str], domains: Sequence[str]) -> np.ndarray:
-    """(n, columns): the numbers of a row's own adapter, mean and largest of the others, domains."""
+def metadata(
+    labels: Labels, names: Sequence[str], domains: Sequence[str], operators: Sequence[str] = ()
+) -> np.ndarray:
+    """(n, columns): the numbers of a row's own adapter, mean and largest of the others, domains,
+    operators and how many are merged."""
     table = np.full((len(labels.adapters) + 1, len(names)), np.nan)
     for i, adapter in enumerate(labels.adapters):
         if adapter.recipe:
@@ -92,6 +99,7 @@ def metadata(labels: Labels, names: Sequence[str], domains: Sequence[str]) -> np
     of = labels.of("domain")
     told = [of[:, 0] == d for d in domains]
     told += [((of[:, 1:] == d) & there[:, 1:]).sum(axis=1) for d in domains]
+    told += [labels.operator.astype(str) == o for o in operators]
     return np.column_stack([
         values[:, 0], middle, np.where(np.isfinite(largest), largest, np.nan),
         np.array(told, np.float64).T, labels.size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import combinations_with_replacement
 from typing import Literal
 
 import numpy as np
@@ -22,11 +23,11 @@ Fold = tuple[np.ndarray, np.ndarray]  # masks: rows to predict, rows not to lear
 def held_out(labels: Labels, split: Split) -> list[Fold]:
     """By fold two masks: the rows to predict, and those not to learn from, which hold them.
 
-    Each row is predicted in one fold. adapter, seed, domain, layers: the rows whose *own* adapter
-    is of a family, a seed, a domain, a range of layers; not to learn from are the merges with it
-    among any of their members. domain pair: the rows of merges of the same domains; not to learn
-    from are merges whose domains contain theirs, or are contained and more than one. operator: its
-    rows.
+    Each row is predicted in one fold at most. adapter, seed, domain, layers: the rows whose *own*
+    adapter is of a family, a seed, a domain, a range of layers; not to learn from are the merges
+    with it among any of their members. domain pair: the rows of merges of two that bring two
+    domains together (or one twice); not to learn from are merges of any size that do, too. Rows of
+    larger merges are asked in no fold. operator: its rows.
 
     Raises:
         InputError: a split that is none of ``SPLITS``; labels that do not say what it needs, or
@@ -51,10 +52,27 @@ def held_out(labels: Labels, split: Split) -> list[Fold]:
 
 
 def _by_domains(labels: Labels) -> Iterator[Fold]:
-    domains = [frozenset(row) - {""} for row in labels.of("domain")]
-    for of in sorted(set(domains), key=sorted):
-        test = np.array([row == of for row in domains])
-        yield test, np.array([row >= of or (row <= of and len(row) > 1) for row in domains])
+    of, two = labels.of("domain").astype(str), labels.size == 2
+    names = [n for n in np.unique(of) if n]
+    count = {n: np.count_nonzero(of == n, axis=1) for n in names}
+    for one, other in combinations_with_replacement(names, 2):
+        gone = (count[one] > 1) if one == other else (count[one] > 0) & (count[other] > 0)
+        if (gone & two).any():
+            yield gone & two, gone
+
+
+def domain_folds(labels: Labels, count: int, seed: int) -> list[Fold]:
+    """The folds of "domain pair" dealt into ``count`` at random; none where there are not two."""
+    folds = list(_by_domains(labels))
+    if len(folds) < 2:
+        return []
+    count = min(count, len(folds))
+    dealt = np.random.default_rng(seed).permutation(len(folds)) % count
+    return [
+        (np.any([test for k, (test, _) in zip(dealt, folds, strict=True) if k == n], axis=0),
+         np.any([gone for k, (_, gone) in zip(dealt, folds, strict=True) if k == n], axis=0))
+        for n in range(count)
+    ]  # fmt: skip
 
 
 def family_folds(labels: Labels, count: int, seed: int) -> list[Fold]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeprobe_fast.planning.plan_file import PLAN_NAME, to_json, to_text
 from mergeprobe_fast.planning.words import list_of, share
+from mergeprobe_fast.predict.columns import meaning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 PAGE_NAME, PAIRS_NAME, MEASURE_NAME = "plan.html", "pairs.parquet", "measure.csv"
 APPLIED_NAME = "applied"
 CONTENTS = (PLAN_NAME, PAGE_NAME, PAIRS_NAME)
+LEVELS = {
+    "weights": "the weights alone",
+    "calibration": "weights and recorded inputs",
+    "points": "weights, recorded inputs and losses",
+    "score": "a closed formula",
+}
 LISTED_NAMES = 6
 LISTED_GROUPS = 25
 
@@ -48,8 +55,9 @@ def headline(plan: Plan) -> str:
 def against(plan: Plan) -> str:
     """What the plan costs, beside every adapter resident and one sum of all."""
     kept = plan.outcome
-    said = f"cost {plan.cost:.2f} for {share(kept.average)} kept on average and "
-    said += f"{share(kept.worst)} at worst; every adapter resident: {plan.routed_cost:.2f}"
+    said = f"cost {plan.cost:.2f} ({plan.costs.adapter:g} a resident adapter) for "
+    said += f"{share(kept.average)} kept on average and {share(kept.worst)} at worst"
+    said += f"; every adapter resident: {plan.routed_cost:.2f}"
     if plan.one_sum is not None:
         one = plan.one_sum
         word = "" if one.allowed else " (below the floor)"
@@ -60,8 +68,8 @@ def against(plan: Plan) -> str:
 def certainty(plan: Plan) -> str:
     """How far the plan can be trusted."""
     searched = "no other plan costs less" if plan.proven else "the best found, not proven"
-    asked = ", ".join(f"{n:,} sets judged for {a}" for a, n in plan.judged.items() if n)
-    return f"{searched}; {asked}" if asked else searched
+    asked = [f"{n:,} for {a}" for a, n in plan.judged.items() if n]
+    return f"{searched}; sets judged: {list_of(asked)}" if asked else searched
 
 
 def basis(plan: Plan) -> str:
@@ -71,20 +79,26 @@ def basis(plan: Plan) -> str:
     elif plan.coverage is None:
         text = "no intervals are claimed"
     else:
-        text = f"intervals hold {plan.coverage:.0%}"
+        text = f"intervals are to hold {100 * plan.coverage:.0f} % of what is measured"
     early = " of unfinished adapters" if plan.early else ""
-    reason = f" ({plan.reason})" if plan.reason else ""
-    return f"predicted from {plan.level}{early}; {text}{reason}"
+    known, _, reason = plan.reason.partition("; ")
+    if known != f"level {plan.level}":  # else it is said already
+        reason = plan.reason
+    column, middle, rest = reason.partition(" is ")
+    if middle and " " not in column:
+        reason = f"{meaning(column)} ({column}) is {rest}"
+    what = LEVELS.get(plan.level, plan.level)
+    return f"predicted from {what}{early}; {text}{f' ({reason})' if reason else ''}"
 
 
 def interval(group: Group) -> str:
-    """Of the worst member: 91-97 %."""
+    """Of the worst member: 91 to 97 %."""
     known = [(r, lo, hi) for r, lo, hi in zip(group.retention, group.low, group.high, strict=True)
              if r is not None]  # fmt: skip
     if not group.merged or not known:
         return ""
     _, low, high = min(known)
-    return "" if low is None or high is None else f"{100 * low:.0f} to {100 * high:.0f}"
+    return "" if low is None or high is None else f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
 def print_plan_summary(plan: Plan, console: Console, out: Path) -> None:
@@ -134,7 +148,7 @@ def _merged_table(plan: Plan, view: Any) -> Any:
     table = view.table("Merged")
     for name in ("group", "members", "action"):
         table.add_column(name)
-    for name in ("average", "worst", "interval %"):
+    for name in ("average", "worst", "its interval"):
         table.add_column(name, justify="right", no_wrap=True)
     for g in plan.merged[:LISTED_GROUPS]:
         shown = list(g.members[:LISTED_NAMES])

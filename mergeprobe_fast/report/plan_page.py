@@ -63,8 +63,8 @@ def render_plan(plan: Plan, command: str) -> str:
         f"<title>{_text(headline(plan))}</title>", f"<style>{STYLE}</style>", "</head>", "<body>",
         f"<h1>{_text(headline(plan))}</h1>",
         f"<p>{_text(plan.base_model or 'no declared base model')}</p>",
-        f"<p>{_text(against(plan))}.</p>",
-        f'<p class="soft">{_text(basis(plan))}. {_text(certainty(plan))}.</p>',
+        f"<p>{_sentence(against(plan))}</p>",
+        f'<p class="soft">{_sentence(basis(plan))} {_sentence(certainty(plan))}</p>',
         _notes(plan), _merged(plan), _routed(plan), _curve(plan), _matrix(plan), _costs(plan),
         f'<p class="soft">mergeprobe_fast {mergeprobe_fast.__version__}: {_text(command)}</p>',
         "</body>", "</html>",
@@ -76,6 +76,10 @@ def render_plan(plan: Plan, command: str) -> str:
 def _text(value: object) -> str:
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
     return html.escape(shown)
+
+
+def _sentence(words: str) -> str:
+    return _text(f"{words[0].upper()}{words[1:]}.")
 
 
 def _notes(plan: Plan) -> str:
@@ -126,7 +130,8 @@ def _curve(plan: Plan) -> str:
         return ""
     wide, high, left, bottom = 640, 300, 48, 36
     most = max(o.resident for o in plan.curve)
-    least = min(0.0, *(max(-1.0, o.worst) for o in plan.curve))
+    # From the tenth below the least: on an axis from 0 good plans could not be told apart.
+    least = np.floor(10 * max(-1.0, min(0.95, *(o.worst for o in plan.curve))) - 1e-9) / 10
 
     def at(o: Outcome, kept: float) -> tuple[float, float]:
         x = left + (wide - left - 16) * (o.resident - 1) / max(1, most - 1)
@@ -139,7 +144,7 @@ def _curve(plan: Plan) -> str:
     for tick in np.linspace(least, 1.0, 5):
         y = at(plan.curve[0], float(tick))[1]
         out.append(f'<line class="axis" x1="{left}" x2="{wide}" y1="{y}" y2="{y}"/>')
-        out.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{tick:.0%}</text>')
+        out.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{100 * tick:.3g}%</text>')
     for name, key in (("line", "average"), ("least-line", "worst")):
         for a, b in pairwise(planned):
             (x, y), (u, v) = at(a, getattr(a, key)), at(b, getattr(b, key))
@@ -162,9 +167,10 @@ def _curve(plan: Plan) -> str:
     out.append(f'<text x="{wide / 2}" y="{high - 2}" text-anchor="middle">adapters resident</text>')
     caption = (
         "What is predicted to be kept against how many adapters stay resident: the planner at "
-        "several floors, filled on average, open at worst; the plan above is circled. The points "
-        "off the line are one plain sum of all."
+        "several floors, filled on average, open at worst; the plan above is circled."
     )
+    if plan.one_sum is not None:
+        caption += " The points off the line are one plain sum of all."
     return (f"<h2>Retention against resident adapters</h2><figure>{''.join(out)}</svg>"
             f"<figcaption>{caption}</figcaption></figure>")  # fmt: skip
 
@@ -176,28 +182,32 @@ def _matrix(plan: Plan) -> str:
     index = {a.name: i for i, a in enumerate(plan.adapters)}
     order = [index[m] for g in plan.groups for m in g.members]
     kept = plan.pairs.matrix("retention_a")[np.ix_(order, order)]
+    outside = plan.pairs.matrix("outside")[np.ix_(order, order)] == 1
     names = [plan.adapters[i].name for i in order]
     caption = (
         "What the adapter of a row is predicted to keep in a pair with that of a column, by the "
         f"kindest action: blue {share(1)} and more, white the floor, {share(plan.costs.floor)}, "
-        "orange less, grey unknown. Adapters stand in the order of the groups above."
+        "orange less, grey where the model does not answer: a value is unknown, or unlike all that "
+        "it has seen. Adapters stand in the order of the groups above."
     )
     draw = _squares if len(names) <= MAX_SQUARES else _pixels
-    return (f"<h2>Pairs</h2><figure>{draw(kept, names, plan.costs.floor)}"
+    return (f"<h2>Pairs</h2><figure>{draw(kept, outside, names, plan.costs.floor)}"
             f"<figcaption>{caption}</figcaption></figure>")  # fmt: skip
 
 
-def _colours(kept: np.ndarray, floor: float) -> np.ndarray:
-    """(N, N, 3) bytes: orange below the floor, white at it, blue above."""
+def _colours(kept: np.ndarray, outside: np.ndarray, floor: float) -> np.ndarray:
+    """(N, N, 3) bytes: orange below the floor, white at it, blue above, grey without an answer."""
     above = np.clip((kept - floor) / max(1 - floor, 1e-9), 0, 1)
     below = np.clip((floor - kept) / max(floor, 1e-9), 0, 1)
     white, blue, orange = (np.array(c, float) for c in ((244,) * 3, (28, 92, 184), (216, 110, 20)))
     mixed = white + above[..., None] * (blue - white) + below[..., None] * (orange - white)
-    return np.where(np.isnan(kept)[..., None], 150.0, mixed).round().astype(np.uint8)
+    return np.where((np.isnan(kept) | outside)[..., None], 150.0, mixed).round().astype(np.uint8)
 
 
-def _squares(kept: np.ndarray, names: Sequence[str], floor: float) -> str:
-    n, colours = len(names), _colours(kept, floor)
+def _squares(
+    kept: np.ndarray, outside: np.ndarray, names: Sequence[str], floor: float
+) -> str:
+    n, colours = len(names), _colours(kept, outside, floor)
     cell = min(_CELLS[1], max(_CELLS[0], 480 // n))
     side = _LABEL + n * cell
     out = [f'<svg viewBox="0 0 {side} {n * cell + 4}" width="{side}" role="img">']
@@ -209,6 +219,8 @@ def _squares(kept: np.ndarray, names: Sequence[str], floor: float) -> str:
             if i == j:
                 continue
             said = "unknown" if np.isnan(kept[i, j]) else share(kept[i, j])
+            if outside[i, j]:
+                said += ", outside what the model has seen"
             red, green, blue = colours[i, j]
             out.append(
                 f'<rect x="{_LABEL + j * cell}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
@@ -218,9 +230,11 @@ def _squares(kept: np.ndarray, names: Sequence[str], floor: float) -> str:
     return "".join(out) + "</svg>"
 
 
-def _pixels(kept: np.ndarray, names: Sequence[str], floor: float) -> str:
+def _pixels(
+    kept: np.ndarray, outside: np.ndarray, names: Sequence[str], floor: float
+) -> str:
     """A PNG of one pixel per pair, in the page itself."""
-    rows = _colours(kept, floor)
+    rows = _colours(kept, outside, floor)
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
 
     def chunk(kind: bytes, data: bytes) -> bytes:
