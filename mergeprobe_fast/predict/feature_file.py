@@ -24,10 +24,11 @@ def joined(
     """The columns of labels with those of ``features``, row by row.
 
     "final:x" becomes "x", and with ``at`` the columns of that share of training become "early:x".
-    Rows that the file lacks have none.
+    Rows that the file lacks (what was routed is no merge) are left out.
 
     Raises:
-        InputError: no column ``row`` in one of the two, a row twice, no columns of that time.
+        InputError: no column ``row`` in one of the two, a row twice, no row in common, no
+            columns of that time, a column that the labels have with other values.
     """
     found = read(features)
     for where, table in ((path, columns), (features, found)):
@@ -37,16 +38,20 @@ def joined(
     if len(place) < len(found[KEY]):
         twice = next(row for i, row in enumerate(found[KEY]) if place[row] != i)
         raise InputError("is there twice", path=features, key=str(twice))
+    kept = [i for i, row in enumerate(columns[KEY]) if row in place]
+    if not kept:
+        raise InputError("has no row of the labels", path=features, key=KEY)
+    out = {name: [values[i] for i in kept] for name, values in columns.items()}
+    at_row = [place[row] for row in out[KEY]]
     wanted = {FINAL: ""} | ({} if at is None else {phase(at): EARLY})
-    out = dict(columns)
     for prefix, name in wanted.items():
         names = [n for n in found if n.startswith(prefix)]
         if not names:
             raise InputError("has no columns of that time", path=features, key=prefix)
         for n in names:
             own = name + n.removeprefix(prefix)
-            if own in out:
-                raise InputError(f"the labels have it too: {own}", path=features, key=n)
-            values = found[n]
-            out[own] = [values[place[row]] if row in place else None for row in columns[KEY]]
+            values = [found[n][i] for i in at_row]
+            if any(v not in (None, w) for v, w in zip(values, out.get(own, values), strict=True)):
+                raise InputError(f"the labels say otherwise of {own}", path=features, key=n)
+            out[own] = values
     return out

@@ -40,8 +40,7 @@ _GLOSSARY = {
     "a value; in brackets of how many, where not of all.",
     "below .8": f"Share of (merge, member) rows with ll_norm below {KEEPS:g}.",
     "against": "Mean difference in ll_norm on the very rows that both operators have.",
-    "not distinguishable": "The interval of the difference to the highest has 0 in it, or there "
-    "is none.",
+    "not distinguishable": "The interval of the difference to the highest has 0 in it.",
     "95 %": "Intervals are over adapters, which rows share: adapters are drawn anew, and a row "
     f"weighs the product of how often its two were drawn. None of fewer than {FEWEST_SETS} sets; "
     "not corrected for the number of things compared.",

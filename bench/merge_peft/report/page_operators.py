@@ -18,6 +18,7 @@ from .charts import (
     table,
     text,
 )
+from .tables import told_apart
 
 NOT_CORRECTED = (
     "Intervals are not corrected for the number of operators compared; there are none of fewer "
@@ -47,7 +48,7 @@ def _block(block: Mapping[str, Any]) -> Iterator[str]:
     told = f"Sets: {block['sets']}, rows: {block['rows']}."
     highest = [
         say(f"Highest mean of {best['count']} {best['of'].removeprefix('all ')}: "
-            f"{best['operator']}{_close(best)}.") for best in block["highest"]
+            f"{best['operator']}{told_apart(best)}.") for best in block["highest"]
     ]  # fmt: skip
     if block["comparable"] and not common:
         yield say(told)
@@ -61,11 +62,6 @@ def _block(block: Mapping[str, Any]) -> Iterator[str]:
             yield operator_records(common, reference)
             yield from highest
         yield from _apart(block, told)
-
-
-def _close(best: Mapping[str, Any]) -> str:
-    close = best["close"]
-    return f"; not distinguishable: {', '.join(close)}" if close else ""
 
 
 def _apart(block: Mapping[str, Any], told: str) -> Iterator[str]:

@@ -105,8 +105,9 @@ def shared(rows: Sequence[Row]) -> list[Row]:
 def _highest(rows: Sequence[Row], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of all operators, of those that need no data if others do, and by rank for capacity.
 
-    Each: of (what kind, in words), operator, count (how many there are of the kind) and close:
-    the others whose difference to it, on the rows both have, has no interval or one with 0 in it.
+    Each: of (what kind, in words), operator, count (how many there are of the kind), close: the
+    others whose difference to it, on the rows both have, has an interval with 0 in it, and unknown:
+    those whose difference has none.
     """
     study = rows[0]["study"]
     have = [r for r in records if r["ll_norm"] is not None and r["routed_right"] is None]
@@ -123,10 +124,23 @@ def _highest(rows: Sequence[Row], records: Sequence[Mapping[str, Any]]) -> list[
         best = max(of, key=lambda r: r["ll_norm"])["operator"]
         names = {r["operator"] for r in of}
         against = operator_table([r for r in rows if r["operator"] in names], best)
-        close = [r["operator"] for r in against if r["operator"] != best
-                 and not (r["versus_interval"] and r["versus_interval"][1] < 0)]  # fmt: skip
-        found.append({"of": words, "operator": best, "count": len(of), "close": close})
+        others = [r for r in against if r["operator"] != best]
+        close = [r["operator"] for r in others
+                 if r["versus_interval"] and r["versus_interval"][1] >= 0]  # fmt: skip
+        unknown = [r["operator"] for r in others if not r["versus_interval"]]
+        found.append({"of": words, "operator": best, "count": len(of), "close": close,
+                      "unknown": unknown})  # fmt: skip
     return found
+
+
+def told_apart(best: Mapping[str, Any]) -> str:
+    """What follows the highest of a kind: which others may be as high."""
+    told = f"; not distinguishable: {', '.join(best['close'])}" if best["close"] else ""
+    if best["unknown"]:
+        whole = len(best["unknown"]) == best["count"] - 1
+        few = "too few sets for an interval"
+        told += f"; {few}" + ("" if whole else f": {', '.join(best['unknown'])}")
+    return told
 
 
 def study_order(which: tuple[str, int]) -> tuple[int, str, int]:

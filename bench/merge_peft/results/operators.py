@@ -9,6 +9,7 @@ from ..report.charts import number
 from ..report.operator_table import KEEPS
 from ..report.page_operators import NOT_CORRECTED, of_sets, rows_of
 from ..report.report import study_title
+from ..report.tables import told_apart
 from .pictures import Mark, dots, lines
 
 _WORST, _FAILED = 10, 20
@@ -83,8 +84,7 @@ def _compared(block: Mapping[str, Any]) -> Iterator[str]:
     reference, common = block["reference"], block["common"]
     highest = [
         f"Highest mean of {best['count']} {best['of'].removeprefix('all ')}: {best['operator']}"
-        + (f"; not distinguishable: {', '.join(best['close'])}" if best["close"] else "")
-        + "." for best in block["highest"]
+        f"{told_apart(best)}." for best in block["highest"]
     ]  # fmt: skip
     if common:
         which = "these" if block["dropped"] else "all"

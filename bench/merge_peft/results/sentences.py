@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..report.charts import number
+from ..report.tables import told_apart
 from ..study.predictors import ALL, METADATA, NAMES, PAIR_MEAN
 from .foretold import TITLES, percent
 from .operators import ranged
@@ -41,14 +42,10 @@ def _operators(found: Mapping[str, Any]) -> Iterator[str]:
                    f"{ranged(of['ll_norm'], of['ll_norm_interval'], 3)}, the worst member "
                    f"{number(of['ll_norm_worst'])}, accuracy kept "
                    f"{ranged(of['retention'], of['retention_interval'])}"
-                   f"{_close(best['close'])}.")  # fmt: skip
+                   f"{told_apart(best)}.")  # fmt: skip
         if block["dropped"]:
             yield (f"{what}: not among these, measured on too few of the same sets: "
                    f"{', '.join(block['dropped'])}.")  # fmt: skip
-
-
-def _close(names: Sequence[str]) -> str:
-    return f"; not distinguishable: {', '.join(names)}" if names else ""
 
 
 def _routers(found: Mapping[str, Any]) -> Iterator[str]:
