@@ -220,8 +220,10 @@ def test_nothing_is_computed_on_two_devices_at_once(
                 for delta in (None, *(tmp_path / f"{where}-{r.variant}" for r in recipes))
             ]
         assert (mode.seen > 1000) == (where == "there")
-    for here, there in zip(*found.values(), strict=True):
-        assert np.abs(here - there).max() <= 10 * ROUNDING
+    untrained, *trained = (np.abs(a - b).max() for a, b in zip(*found.values(), strict=True))
+    assert untrained <= 10 * ROUNDING
+    # Adam divides each gradient by its own size: six steps make rounding of small ones larger.
+    assert max(trained) <= 200 * ROUNDING
 
 
 def test_the_stand_in_refuses_what_a_gpu_would(
