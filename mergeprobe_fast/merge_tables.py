@@ -10,6 +10,7 @@ import numpy as np
 
 from mergeprobe_fast import _env
 from mergeprobe_fast.engine.totals import Totals, totals
+from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.features.declare import ratio
 from mergeprobe_fast.features.merge_columns import (
     MEMBER,
@@ -84,11 +85,17 @@ class MergeTables:
     ) -> dict[str, np.ndarray]:
         """The same of merges of any kind, from their factors: (members, result) each.
 
-        Members are indices in the order of the zoo that was merged.
-
         What is known of points only along the members is read at the combination of members that
         comes nearest to the merge on the inputs of each; "outside" says how near.
+
+        Raises:
+            InputError: members that are not those that were merged, in that order.
         """
+        for found, result in merged:
+            names = [self.zoo.names[i] for i in found]
+            if names != list(result.zoo.names):
+                told = f"{', '.join(result.zoo.names)} were merged, not {', '.join(names)}"
+                raise InputError(told, key="merged")
         widest = max((len(m) for m, _ in merged), default=1)
         members = np.full((len(merged), widest), -1, np.int32)
         for row, (found, _) in zip(members, merged, strict=True):

@@ -149,6 +149,15 @@ def test_a_merge_that_is_a_sum_reads_the_same_either_way(made):
             np.testing.assert_allclose(one[name], other[name], rtol=close, atol=close, err_msg=name)
 
 
+def test_a_merge_of_others_or_in_another_order_is_refused(made):
+    tables = merge_tables(made.zoo)
+    result = mpf.merge(mpf.Zoo([made.zoo[0], made.zoo[2]]), "cat", [1.0, 2.0], dtype="F32")
+    assert np.isfinite(tables.of_merged([([0, 2], result)])["change_to_self"]).all()
+    for wrong in ([2, 0], [0, 1], [0], [0, 2, 3]):
+        with pytest.raises(InputError, match="were merged, not"):
+            tables.of_merged([(wrong, result)])
+
+
 def test_losses_are_those_of_a_loop_over_texts(made):
     points = make_points(made.calibration.path, list(made.zoo), made.domains, made.rng)
     weights = [made.rng.normal(0.5, 0.6, len(s)) for s in SETS]

@@ -118,8 +118,8 @@ _FIELDS = ("retention", "low", "high", "outside", "weights")
 def _witness(columns: dict[str, np.ndarray], said: Prediction) -> dict[str, np.ndarray]:
     """Rows to ask along, so that the same level or closed form answers for every batch of sets.
 
-    A predictor goes by which columns are known in any row of a batch, a closed form by which is
-    known in most: sets without, judged by themselves, would get another scale than the rest.
+    A predictor answers for the columns that a batch has, a closed form goes by which is known of
+    most of its rows: sets without, judged by themselves, would get another scale than the rest.
     """
     if said.level == UNCALIBRATED:
         form = [n for n in columns if (w := score({n: columns[n]})[1]) and w in said.reason]
