@@ -24,6 +24,7 @@ from mergeprobe_fast.predict.scores import (
     centred_ranks,
     mean,
     regret,
+    regret_of_fixed,
     resampled,
     spearman,
     spearman_within,
@@ -188,9 +189,20 @@ def test_resamples_draw_families_and_count_a_family_of_both_once(labels):
     same = (families[:, 0] == families[:, 1]) & (families[:, 2] < 0)
     alone = {f: w for f, w in zip(families[same, 0], weights[:, same].T, strict=True)}
     for row in range(len(labels)):
-        known = [alone.get(f) for f in {*families[row]} - {-1}]
-        if all(w is not None for w in known):
-            assert np.array_equal(weights[:, row], np.prod(known, axis=0))
+        own, others = families[row, 0], {*families[row]} - {-1, families[row, 0]}
+        if {own, *others} <= {*alone}:
+            beside = np.mean([alone[f] for f in others], axis=0) if others else 1.0
+            assert weights[:, row] == pytest.approx(alone[own] * beside)
+
+
+def test_large_sets_count_in_resamples(rng):
+    labels = made_labels(rng, pairs=30)
+    many = len(labels.adapters)
+    others = np.array([[i, *(j for j in range(many) if j != i)] for i in range(many)], np.int32)
+    sets = changed(labels.part(np.arange(many)), members=others)
+    weights = resampled(sets, 200)
+    # As a product over all of them nearly every draw would be without any row.
+    assert (weights[1:].sum(axis=1) > 0).all() and abs(weights[1:].mean() - 1) < 0.15
 
 
 def test_the_ceiling_is_the_correlation_of_the_truth_with_its_labels(rng):
@@ -227,6 +239,33 @@ def test_regret_is_what_the_choice_loses_against_the_best(rng):
     ]
     assert lots == pytest.approx(np.mean([max(w) - np.mean(w) for w in by_set]))
     assert regret(Held("", p[:60]), made_labels(rng, pairs=30), weights[:, :60]) == {}
+
+
+def test_the_regret_of_one_operator_is_held_against_choosing_on_the_same_sets(rng):
+    labels = made_labels(rng, pairs=40, operators=("one", "two", "three"))
+    # "three" is there for every other set only.
+    there = (labels.operator != "three") | (labels.sets % 2 == 0)
+    labels = labels.part(there)
+    weights, p = resampled(labels, 50), rng.normal(size=int(there.sum()))
+    found = {row["name"]: row for row in regret_of_fixed(Held("", p), labels, weights)}
+    for name in ("one", "two", "three"):
+        its, ours = [], []
+        for s in np.unique(labels.sets):
+            of = {str(labels.operator[labels.merge == m][0]): m
+                  for m in np.unique(labels.merge[labels.sets == s])}  # fmt: skip
+            if name not in of:
+                continue
+            worst = {n: labels.y[labels.merge == m].min() for n, m in of.items()}
+            chosen = max(of, key=lambda n: p[labels.merge == of[n]].min())
+            its.append(max(worst.values()) - worst[name])
+            ours.append(max(worst.values()) - worst[chosen])
+        assert found[name]["sets"] == len(its)
+        assert found[name]["worst"].value == pytest.approx(np.mean(its))
+        assert found[name]["worst_above"].value == pytest.approx(np.mean(its) - np.mean(ours))
+    perfect = regret_of_fixed(Held("", labels.y), labels, weights)
+    assert all(row["worst_above"].value == row["worst"].value >= 0 for row in perfect)
+    assert found.keys() == {"one", "two", "three"}
+    assert len(regret_of_fixed(Held("", p), labels, weights, least=len(its) + 1)) == 2
 
 
 def test_a_mean_of_the_domain_pair_falls_back_where_there_is_none(rng):

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"{unknown[0]!r} is none of {', '.join(SPLITS)}", key="--splits")
     folder = None
     if options.out is not None:
-        given = (options.labels, options.features, options.zoo, options.model)
+        given = (*options.labels, *options.features, options.zoo, options.model)
         inputs = [p for p in given if p is not None]
         folder = AtomicFolder(options.out, options.overwrite, inputs=inputs, contents=CONTENTS)
         folder.check()

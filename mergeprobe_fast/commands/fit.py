@@ -42,8 +42,8 @@ def add(command: AddCommand) -> None:
 def reads_labels(sub: argparse.ArgumentParser) -> None:
     """The options of a command that reads labelled merges."""
     sub.add_argument(
-        "labels", type=Path, metavar="LABELS",
-        help="parquet or csv: members, member, ll_norm or retention, and columns",
+        "labels", type=Path, nargs="+", metavar="LABELS",
+        help="parquet or csv, one or more: members, member, ll_norm or retention, and columns",
     )  # fmt: skip
     sub.add_argument("--target", metavar="COLUMN", help="default: ll_norm, retention")
     sub.add_argument(
@@ -55,8 +55,9 @@ def reads_labels(sub: argparse.ArgumentParser) -> None:
         help="columns of your own to predict from, too",
     )  # fmt: skip
     sub.add_argument(
-        "--features", type=Path, metavar="FILE",
-        help="the columns of the same rows: merge-peft's merge-features.parquet",
+        "--features", type=Path, action="append", default=[], metavar="FILE",
+        help="the columns of the same rows: merge-peft's merge-features.parquet; "
+        "with several LABELS once for each, in their order",
     )  # fmt: skip
     sub.add_argument(
         "--zoo", type=Path, metavar="ZOO", help="the adapters, to compute the columns from"
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     card = options.out.with_suffix(".md")
     if card == options.out:
         raise InputError("is the name of the card; give the model another ending", path=card)
-    inputs = [p for p in (options.labels, options.features) if p is not None]
+    inputs = [*options.labels, *options.features]
     files = [AtomicFile(p, options.overwrite, inputs=inputs) for p in (options.out, card)]
     for file in files:
         file.check()
@@ -150,9 +151,9 @@ def recipe_of(options: argparse.Namespace) -> Any:
 
 def labels_of(options: argparse.Namespace, shown: Any) -> Any:
     """The labels, with columns from the zoo where one is named."""
-    from mergeprobe_fast.predict.labels import read_labels
+    from mergeprobe_fast.predict.banks import read_banks
 
-    if options.features is not None and options.zoo is not None:
+    if options.features and options.zoo is not None:
         raise InputError("says what --zoo is there to work out", key="--features")
     if options.zoo is None:
         for name in ("calibration", "probes"):
@@ -160,11 +161,11 @@ def labels_of(options: argparse.Namespace, shown: Any) -> Any:
                 raise InputError("needs --zoo", key=f"--{name}")
         if options.domains:
             raise InputError("needs --zoo", key="--domain")
-    if options.at is not None and options.probes is None and options.features is None:
+    if options.at is not None and options.probes is None and not options.features:
         raise InputError("needs --probes or --features", key="--at")
-    labels = read_labels(
+    labels = read_banks(
         options.labels, target=options.target, operators=options.operators,
-        features=options.features, at=None if options.features is None else options.at,
+        features=options.features, at=options.at if options.features else None,
     )  # fmt: skip
     if options.zoo is None:
         return labels

@@ -1,5 +1,6 @@
 """From columns of merges to retention with intervals: fitting, the model file, evaluation."""
 
+from mergeprobe_fast.predict.banks import read_banks
 from mergeprobe_fast.predict.evaluate import evaluate
 from mergeprobe_fast.predict.fit import fit
 from mergeprobe_fast.predict.labels import Adapter, Labels, read_labels
@@ -16,5 +17,6 @@ __all__ = [
     "RetentionPredictor",
     "evaluate",
     "fit",
+    "read_banks",
     "read_labels",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergeprobe_fast.predict.columns import EARLY, meaning
@@ -102,7 +102,22 @@ def evaluation_markdown(evaluation: Mapping[str, Any]) -> str:
             for p in scores["predictors"]:
                 cells = " | ".join(_cell(p.get(k)) for k in keys)
                 lines.append(f"| {p['name']} | {cells} |")
+            lines += _always(scores.get("always", ()))
     return "\n".join(lines) + "\n"
+
+
+def _always(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is lost by taking one operator always, against choosing by prediction."""
+    if not rows:
+        return []
+    keys = {"worst": "regret, worst", "worst_above": "above choosing",
+            "mean": "regret, mean", "mean_above": "above choosing"}  # fmt: skip
+    lines = ["", "| always | sets | " + " | ".join(keys.values()) + " |",
+             "| --- | --- |" + " --- |" * len(keys)]  # fmt: skip
+    for row in rows:
+        cells = " | ".join(_cell(row[k]) for k in keys)
+        lines.append(f"| {row['name']} | {row['sets']} | {cells} |")
+    return lines
 
 
 def _title(split: str) -> str:

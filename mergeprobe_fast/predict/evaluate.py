@@ -19,9 +19,11 @@ from mergeprobe_fast.predict.recipe import Recipe
 from mergeprobe_fast.predict.rivals import METADATA, rivals
 from mergeprobe_fast.predict.scores import (
     RESAMPLES,
+    Draws,
     Held,
     ceiling,
     regret,
+    regret_of_fixed,
     resampled,
     score,
     whole_merges,
@@ -66,7 +68,9 @@ def evaluate(
         its scores as {value, interval}: rho, within, mae, auc; ours also coverage, width, outside,
         coverage_inside; regret_worst, regret_mean where sets were merged in several ways; and
         over_metadata, within_over_metadata: how far rho and within are above that rival's. A split
-        that cannot be made has a ``reason`` instead. ``sizes``: ours by how many were merged.
+        that cannot be made has a ``reason`` instead. ``sizes``: ours by how many were merged;
+        ``always``: the regret of taking one operator always, on the sets that it was measured on,
+        and how far above ours that is.
 
     Raises:
         InputError: as ``fit``.
@@ -192,7 +196,10 @@ def _scored(
         h.value, h.low, h.high, h.outside))) for h in held]  # fmt: skip
     found = {h.name: score(h, part, rows, weights) for h in held}
     whole = whole_merges(part)
+    fixed: list[dict[str, Any]] = []
     if whole.any():
+        first = Held(held[0].name, held[0].value[whole])
+        fixed = regret_of_fixed(first, part.part(whole), weights[:, whole])
         for h in held:
             complete = Held(h.name, h.value[whole])
             found[h.name] |= regret(complete, part.part(whole), weights[:, whole])
@@ -218,6 +225,9 @@ def _scored(
             for name, scores in found.items()
         ],
         "sizes": sizes,
+        "always": [
+            {k: v.json() if isinstance(v, Draws) else v for k, v in row.items()} for row in fixed
+        ],
     }
 
 

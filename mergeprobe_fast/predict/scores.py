@@ -10,6 +10,8 @@ import numpy as np
 from mergeprobe_fast.predict.labels import Labels, codes
 
 RESAMPLES = 1000
+_AT_ONCE = 10_000_000  # draws times members
+_FEWEST_SETS = 5  # of an operator, for its regret
 _SMALLEST = 3  # rows of a cell in which ranks are compared
 _DIGITS = 9  # of predictions: what should be one number is not to be ranked by its rounding
 
@@ -51,18 +53,22 @@ class Draws:
 def resampled(labels: Labels, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """(count + 1, n): how often each row is drawn when families are, with replacement.
 
-    Row 0 is all ones. A row counts the product over the families of its merge (the pigeonhole
-    bootstrap, Owen 2007): rows share adapters, and one by one would look too independent.
+    Row 0 is all ones. A row counts how often its own family was drawn times how often the other
+    families of its merge were, in the mean: of two the pigeonhole bootstrap (Owen 2007), whose
+    product over many is all but always 0. Rows share adapters, and one by one would look too
+    independent.
     """
-    families = np.sort(labels.families, axis=1)
-    repeated = np.zeros(families.shape, bool)
-    repeated[:, 1:] = families[:, 1:] == families[:, :-1]
-    families = np.where(repeated, -1, families)
-    number = int(families.max(initial=0)) + 1
+    own, others = labels.families[:, 0], np.sort(labels.families, axis=1)
+    others[:, 1:][others[:, 1:] == others[:, :-1]] = -1
+    others[others == own[:, None]] = -1
+    number = int(labels.families.max(initial=0)) + 1
     drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), count)
-    drawn = np.hstack([drawn, np.ones((count, 1), np.int64)]).astype(np.float64)
-    weights = np.prod(drawn[:, families], axis=2)
-    return np.vstack([np.ones(len(labels)), weights])
+    drawn = np.hstack([drawn, np.zeros((count, 1), np.int64)]).astype(np.float64)
+    beside = np.count_nonzero(others >= 0, axis=1)
+    mean = np.ones((count, len(labels)))
+    for rows in np.array_split(np.flatnonzero(beside), -(-others.size * count // _AT_ONCE)):
+        mean[:, rows] = drawn[:, others[rows]].sum(axis=2) / beside[rows]
+    return np.vstack([np.ones(len(labels)), drawn[:, own] * mean])
 
 
 def spearman(p: np.ndarray, y: np.ndarray, weights: np.ndarray) -> Draws:
@@ -150,24 +156,63 @@ def regret(held: Held, labels: Labels, weights: np.ndarray) -> dict[str, Draws]:
     is taken (equals count in equal parts), and its measured worst and mean are held against the
     best there are. Empty without such a set.
     """
-    worst, middle, first, inverse = _by_merge(labels)
-    predicted = np.full(len(first), np.inf)
-    np.minimum.at(predicted, inverse, _settled(held.value, labels.y))
-    sets = labels.sets[first]
-    lost = {"regret_worst": [], "regret_mean": []}
-    rows = []
-    for s in np.unique(sets):
-        of = np.flatnonzero(sets == s)
-        if len(of) < 2:
-            continue
-        chosen = of[predicted[of] == predicted[of].max()]
-        for name, measured in (("regret_worst", worst), ("regret_mean", middle)):
-            lost[name].append(measured[of].max() - measured[chosen].mean())
-        rows.append(first[of[0]])
-    if not rows:
+    of_set = _Choices(labels)
+    if not of_set.sets:
         return {}
-    drawn = weights[:, rows]
-    return {name: mean(np.array(values), drawn) for name, values in lost.items()}
+    lost = of_set.lost(held.value)
+    drawn = weights[:, of_set.rows]
+    return {f"regret_{name}": mean(lost[:, k], drawn) for k, name in enumerate(("worst", "mean"))}
+
+
+def regret_of_fixed(
+    held: Held, labels: Labels, weights: np.ndarray, least: int = _FEWEST_SETS
+) -> list[dict[str, Any]]:
+    """The regret of always taking one operator, beside that of choosing, on the same sets.
+
+    Of the sets that ``regret`` looks at, those that were merged by the operator (by several merges
+    of it: their mean counts); operators with fewer than ``least`` are left out. Each has its
+    ``name``, how many ``sets``, ``worst`` and ``mean`` as ``Draws``, and ``worst_above`` and
+    ``mean_above``: its regret less that of choosing.
+    """
+    of_set = _Choices(labels)
+    if not of_set.sets:
+        return []
+    ours, out = of_set.lost(held.value), []
+    for name in np.unique(labels.operator.astype(str)):
+        its = of_set.lost(np.where(labels.operator == name, 0.0, -np.inf))
+        has = [bool((labels.operator[of_set.first[of]] == name).any()) for of in of_set.sets]
+        at = np.flatnonzero(has)
+        if len(at) < least:
+            continue
+        drawn = weights[:, of_set.rows[at]]
+        found: dict[str, Any] = {"name": str(name), "sets": len(at)}
+        for k, what in enumerate(("worst", "mean")):
+            found[what] = mean(its[at, k], drawn)
+            found[f"{what}_above"] = found[what] - mean(ours[at, k], drawn)
+        out.append(found)
+    return sorted(out, key=lambda row: (row["worst"].value, row["name"]))
+
+
+class _Choices:
+    """The sets that were measured under two merges or more."""
+
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
+        self._worst, self._mean, self.first, self._inverse = _by_merge(labels)
+        number = labels.sets[self.first]
+        every = [np.flatnonzero(number == s) for s in np.unique(number)]
+        self.sets = [of for of in every if len(of) > 1]  # their merges
+        self.rows = np.array([self.first[of[0]] for of in self.sets], np.int64)
+
+    def lost(self, value: np.ndarray) -> np.ndarray:
+        """(sets, 2): in the worst member and the mean, by what has the largest least ``value``."""
+        predicted = np.full(len(self.first), np.inf)
+        np.minimum.at(predicted, self._inverse, _settled(value, self._labels.y))
+        out = np.empty((len(self.sets), 2))
+        for row, of in zip(out, self.sets, strict=True):
+            chosen = of[predicted[of] == predicted[of].max()]
+            row[:] = [m[of].max() - m[chosen].mean() for m in (self._worst, self._mean)]
+        return out
 
 
 def _by_merge(labels: Labels) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
