@@ -109,7 +109,7 @@ def _run(arguments: list[str]) -> int:
     except MemoryError:
         return _fail("out of memory")
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
+        return _fail("interrupted; nothing half-written is left", 130)
 
 
 def _fail(message: str, code: int = BAD) -> int:

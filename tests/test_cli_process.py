@@ -171,7 +171,7 @@ def test_an_ascii_terminal_can_show_any_name(tmp_path, zoo, words, mode):
 
 
 @pytest.mark.parametrize("command", ["screen", "merge"])
-def test_interrupted_it_says_so_and_leaves_nothing(tmp_path, command):
+def test_interrupted_it_says_so_and_leaves_nothing_half_written(tmp_path, command):
     make_zoo(tmp_path / "zoo", 12, modules={f"layers.{i}.m": (700, 700, 16) for i in range(24)})
     process = subprocess.Popen(
         [*COMMAND, command, "zoo", "--out", "out"], cwd=tmp_path, env=environment(),
@@ -185,8 +185,12 @@ def test_interrupted_it_says_so_and_leaves_nothing(tmp_path, command):
     if process.returncode == -signal.SIGINT:
         pytest.skip("interrupted before Python had set up its handlers")
     assert process.returncode == 130
-    assert err == "mergeprobe-fast: interrupted; nothing was written\n" and out == ""
-    assert os.listdir(tmp_path) == ["zoo"]
+    assert err == "mergeprobe-fast: interrupted; nothing half-written is left\n"
+    left = {*os.listdir(tmp_path)} - {"zoo"}
+    if left:  # it came after the last file was in place, and before the table was shown
+        assert left == {"out"} and len(os.listdir(tmp_path / "out")) > 1
+    else:
+        assert out == ""
 
 
 def test_a_version_and_a_name(tmp_path):

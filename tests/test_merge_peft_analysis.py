@@ -153,8 +153,8 @@ def test_retrainings_of_an_adapter_are_held_out_with_it(rng):
         return np.corrcoef(predict(pairs, by_name, "adapter").value, pairs.y)[0, 1]
 
     alone = replace(pairs, victim_family=pairs.victim, partner_family=pairs.partner)
-    assert of_held_out_victims(alone) > 0.8
-    assert of_held_out_victims(pairs) < 0.7
+    # By chance numbers that mean nothing may be in the order of the effects of a few families.
+    assert of_held_out_victims(alone) > max(0.8, of_held_out_victims(pairs) + 0.1)
 
 
 def test_scores_are_their_definitions(rng):
