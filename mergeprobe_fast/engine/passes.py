@@ -7,6 +7,7 @@ weights sigma, the same two Gram tiles give inner products, overlaps, RV coeffic
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ import numpy as np
 from mergeprobe_fast import _env
 from mergeprobe_fast.engine.aggregate import PairBlock
 from mergeprobe_fast.engine.chunks import CanonicalFactors, plan_chunks, read_ahead
-from mergeprobe_fast.engine.declare import DOT, Feature
+from mergeprobe_fast.engine.declare import DOT, Feature, Need
 from mergeprobe_fast.engine.grams import ChunkGrams
+from mergeprobe_fast.engine.kept import Done, Kept, made_from
 from mergeprobe_fast.engine.samples import Samples
 from mergeprobe_fast.recorded import NOTHING, Recorded
 from mergeprobe_fast.zoo import Zoo, short_labels
@@ -59,6 +61,7 @@ def run(
     profile: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    keep: str | os.PathLike[str] | None = None,
 ) -> PassResult:
     """All pairs of a zoo, all features, with bounded memory.
 
@@ -67,11 +70,12 @@ def run(
     pairs need more is cut into super-blocks of adapters, and factors are read once per block pair.
 
     ``progress`` is called with the number of modules done since the last call; the total is
-    :func:`steps`.
+    :func:`steps`. ``keep``: a folder for the block pairs that are done, if there are several; those
+    of the same pass in it are not computed again. It is left for the caller to remove.
 
     Raises:
         InputError: a file that changed, a factor that is not finite, a module that the calibration
-            lacks; names file and key.
+            lacks, other files in ``keep``; names file and key.
     """
     threads = _env.threads_or_default(threads)
     features = list(features)
@@ -79,29 +83,30 @@ def run(
     blocks = _super_blocks(zoo, features)
     spectra = _Spectra(zoo)
     layers = list(dict.fromkeys(m.layer for m in zoo.modules))
-    parts: list[PairBlock] = []
-    finished: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], np.ndarray | None]] = []
-    clipped = 0
+    kept = None
+    if keep is not None and len(blocks) > 1:
+        kept = Kept(keep, f"{made_from(zoo, features, recorded, profile)}-{len(blocks)}")
+    finished: list[Done] = []
     for i, first in enumerate(blocks):
-        for second in blocks[i:]:
-            part = PairBlock(
-                first, first if second is first else second, features, needs,
-                len(zoo.modules), len(layers) if profile else 0,
-            )  # fmt: skip
-            _fill(part, zoo, recorded, layers, spectra, threads, progress)
-            columns = part.columns()
-            clipped += part.clipped
-            finished.append(
-                (first[part.i], second[part.j], columns, part.profile() if profile else None)
-            )
-            del part
-    del parts
-    a = np.concatenate([f[0] for f in finished])
-    b = np.concatenate([f[1] for f in finished])
+        for j, second in enumerate(blocks[i:], i):
+            done = None if kept is None else kept.get(i, j)
+            if done is None:
+                done = _block(first, second, zoo, features, needs, recorded,
+                              layers if profile else None, spectra, threads, progress)  # fmt: skip
+                if kept is not None:
+                    kept.put(i, j, done)
+            else:
+                spectra.restore(first, done)
+                if progress:
+                    progress(len(zoo.modules))
+            finished.append(done._replace(sigma=None, rank=None))
+    clipped = sum(done.clipped for done in finished)
+    a = np.concatenate([done.a for done in finished])
+    b = np.concatenate([done.b for done in finished])
     order = np.lexsort((b, a))
-    names = finished[0][2]
-    merged = {name: np.concatenate([f[2][name] for f in finished])[order] for name in names}
-    whole = np.concatenate([f[3] for f in finished])[order] if profile else None
+    names = finished[0].columns
+    merged = {name: np.concatenate([d.columns[name] for d in finished])[order] for name in names}
+    whole = np.concatenate([d.profile for d in finished])[order] if profile else None
     if clipped:
         log.info("%d feature values left their range by rounding and were clipped", clipped)
     return PassResult(
@@ -143,8 +148,39 @@ class _Spectra:
 
     def __init__(self, zoo: Zoo) -> None:
         entries = zoo.table.entries
+        self._adapter = entries["adapter"]
         self.sigma = np.zeros((len(entries), int(entries["rank"].max(initial=0))))
         self.rank = np.zeros(len(entries), np.int64)
+
+    def of(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those of the entries of some adapters."""
+        here = np.isin(self._adapter, members)
+        return self.sigma[here], self.rank[here]
+
+    def restore(self, members: np.ndarray, done: Done) -> None:
+        """Put back what a block of adapters among themselves kept."""
+        if done.sigma is not None:
+            here = np.isin(self._adapter, members)
+            self.sigma[here], self.rank[here] = done.sigma, done.rank
+
+
+def _block(
+    first: np.ndarray, second: np.ndarray, zoo: Zoo, features: list[Feature], needs: list[Need],
+    recorded: Recorded, profiled: list[str] | None, spectra: _Spectra, threads: int,
+    progress: Callable[[int], None] | None,
+) -> Done:  # fmt: skip
+    """One pass over the pairs of two blocks of adapters; ``profiled``: the layers, or None."""
+    part = PairBlock(
+        first, first if second is first else second, features, needs, len(zoo.modules),
+        len(profiled or ()),
+    )  # fmt: skip
+    layers = list(dict.fromkeys(m.layer for m in zoo.modules))
+    _fill(part, zoo, recorded, layers, spectra, threads, progress)
+    own = spectra.of(first) if part.symmetric else (None, None)
+    return Done(
+        first[part.i], second[part.j], part.columns(),
+        None if profiled is None else part.profile(), part.clipped, *own,
+    )  # fmt: skip
 
 
 def _fill(
