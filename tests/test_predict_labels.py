@@ -54,7 +54,7 @@ def test_rows_with_a_value_are_read_with_their_members_own_first(tmp_path):
     labels = read_labels(write(tmp_path / "l.parquet", ROWS))
     assert [a.name for a in labels.adapters] == ["a", "b", "c"]
     assert labels.members.tolist() == [[0, 1, -1], [1, 0, -1], [1, 0, 2]]
-    assert labels.y.tolist() == [0.9, -1.0, 0.5] and labels.se[:2].tolist() == [0.01, 0.02]
+    assert labels.y.tolist() == [0.9, -1.0, 0.5] and labels.se[:2] == pytest.approx([0.01, 0.0])
     assert labels.merge[0] == labels.merge[1] != labels.merge[2]
     assert labels.sets[0] == labels.sets[1] and labels.size.tolist() == [2, 2, 3]
     assert labels.weights[:2, :2].tolist() == [[1.0, 2.0], [2.0, 1.0]]
@@ -107,10 +107,20 @@ def test_names_that_are_numbers_are_names(tmp_path):
 
 def test_an_unknown_error_is_as_large_as_the_known_ones(tmp_path):
     rows = [dict(r, ll_norm_se=e) for r, e in zip(ROWS, (0.3, None, 0.4, 0.1), strict=True)]
+    rows[1]["ll_norm"] = 0.2
     labels = read_labels(write(tmp_path / "l.parquet", rows))
     assert labels.se == pytest.approx([0.3, (0.125) ** 0.5, 0.4])
     rows = [{k: v for k, v in r.items() if k != "ll_norm_se"} for r in ROWS]
     assert not read_labels(write(tmp_path / "l.parquet", rows)).se.any()
+
+
+def test_an_error_counts_as_far_as_the_label_may_lie_in_the_range(tmp_path):
+    values = (-5.0, -1.1, 0.5, 1.3)
+    four = [*ROWS[:3], dict(ROWS[0], operator="x")]
+    rows = [dict(r, ll_norm=v, ll_norm_se=0.3) for r, v in zip(four, values, strict=True)]
+    labels = read_labels(write(tmp_path / "l.parquet", rows))
+    assert labels.y == pytest.approx([-1.0, -1.0, 0.5, 1.2])
+    assert labels.se == pytest.approx([0.0, 0.1, 0.3, 0.1])
 
 
 def test_operators_and_target_are_chosen(tmp_path):

@@ -51,7 +51,8 @@ class Labels:
         merge: the number of the merge: rows of one set, operator, method, rank and weights share
             it.
         operator: its name.
-        y, se: what the member kept, clipped to ``RETENTION``, and its standard error; 0: unknown.
+        y, se: what the member kept, clipped to ``RETENTION``, and its standard error as far as it
+            lies in there; 0: unknown.
         columns: float64, NaN where unknown.
         weights: (n, widest) of the members in the order of ``members``; None: unknown.
         bases: names of the base models they were measured on; none: unknown.
@@ -186,7 +187,7 @@ def read_labels(
         keys += [np.nan_to_num(w) for w in np.take_along_axis(weights, order, 1).T]
     merge = codes(*keys)
     return Labels(
-        adapters, members, merge, operator, np.clip(y[at], *RETENTION), _errors(se),
+        adapters, members, merge, operator, np.clip(y[at], *RETENTION), _inside(y[at], _errors(se)),
         {n: _numbers(v, n, path) for n, v in columns.items() if _numeric(v)}, weights,
         tuple(sorted({b for b in columns.get("base", ()) if b})), (),
         hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -236,6 +237,12 @@ def _errors(se: np.ndarray) -> np.ndarray:
     known = np.isfinite(se)
     usual = float(np.sqrt(np.square(se[known]).mean())) if known.any() else 0.0
     return np.where(known, np.abs(se), usual)
+
+
+def _inside(y: np.ndarray, se: np.ndarray) -> np.ndarray:
+    """Half of what clipping leaves of ``y - se`` to ``y + se``: far outside nothing is in doubt."""
+    low, high = (np.clip(y + sign * se, *RETENTION) for sign in (-1, 1))
+    return (high - low) / 2
 
 
 def _sets(
