@@ -108,7 +108,7 @@ class Worker:
 
     def _merge(self, plan: MergePlan) -> tuple[MergedAdapter, Line]:
         started = time.perf_counter()
-        merged, weights = combine(self._tier, self._out, plan)
+        merged, weights = self._combined(plan)
         return merged, {
             "kind": "merged", "key": plan.key, "operator": plan.operator,
             "members": list(plan.members), "weights": weights, "study": plan.study,
@@ -116,6 +116,9 @@ class Worker:
             "parameters": sum(m.a.size + m.b.size for m in merged.modules),
             "seconds": round(time.perf_counter() - started, 4),
         }  # fmt: skip
+
+    def _combined(self, plan: MergePlan) -> tuple[MergedAdapter, list[float]]:
+        return combine(self._tier, self._out, plan)
 
     def _scores(self, unit: Unit, delta: Delta) -> list[Line]:
         lines = []

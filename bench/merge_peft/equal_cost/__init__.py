@@ -1,0 +1,1 @@
+"""What is kept of many adapters when only a few may be resident: plans against fixed operators."""
