@@ -42,6 +42,10 @@ behind it is in the runs' `labels.parquet` and `features.parquet`.
 - **[ ]**: 95 % intervals over adapters, which rows share: adapters are drawn anew, and a row weighs
   the product of how often its two were drawn.
 """
+_EQUAL_COST = "equal-cost.md"  # of mergeprobe_fast.merge_peft.equal_cost, where it was written
+_BESIDE = ("What a zoo keeps with K resident adapters, by plans and fixed operators: "
+           f"[equal cost]({_EQUAL_COST}).")  # fmt: skip
+
 
 
 def write_results(runs: Sequence[Path], out: Path, *, machine: str = "") -> Path:
@@ -63,7 +67,7 @@ def write_results(runs: Sequence[Path], out: Path, *, machine: str = "") -> Path
             raise InputError(f"is the second run of tier {tier}", path=run)
         summaries[tier] = run, summary
     out.mkdir(parents=True, exist_ok=True)
-    parts = [_INTRODUCTION]
+    parts = [_INTRODUCTION, *([_BESIDE] if (out / _EQUAL_COST).is_file() else [])]
     for tier, (run, summary) in summaries.items():
         found = _analysis(run, out / f"analysis-{tier}.json", summary)
         pictures = dict(operators.pictures(summary))
