@@ -32,7 +32,7 @@ FLOORS = (
 # The rooms of merge_peft likewise, each on a floor of its own: none uses one that is above it.
 BENCHMARK = (
     "options", "tasks", "public", "tiers", "model", "stages", "outcome", "report", "runs", "study",
-    "results",
+    "results", "equal_cost",
 )  # fmt: skip
 FLOOR_OF = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 BENCHMARK_FLOOR_OF = {room: level for level, room in enumerate(BENCHMARK)}

@@ -47,7 +47,6 @@ _BESIDE = ("What a zoo keeps with K resident adapters, by plans and fixed operat
            f"[equal cost]({_EQUAL_COST}).")  # fmt: skip
 
 
-
 def write_results(runs: Sequence[Path], out: Path, *, machine: str = "") -> Path:
     """Write README.md and its pictures; what is there already is replaced.
 
