@@ -20,6 +20,9 @@ using namespace mergeprobe::bind;
 
 void bind_tiles(py::module_& m);  // bind_tiles.cpp
 void bind_sets(py::module_& m);   // bind_sets.cpp
+void bind_angles(py::module_& m);  // bind_angles.cpp
+void bind_entries(py::module_& m);  // bind_entries.cpp
+void bind_forest(py::module_& m);  // bind_forest.cpp
 
 namespace {
 
@@ -347,6 +350,9 @@ PYBIND11_MODULE(_core, m) {
         "P3: singular values and vectors of s B A from the factors; results land in jobs.");
   bind_tiles(m);
   bind_sets(m);
+  bind_angles(m);
+  bind_entries(m);
+  bind_forest(m);
   m.def("read_files", &py_read_files, py::arg("paths"), py::arg("stamps").noconvert(),
         py::arg("bounds").noconvert(),
         py::arg("offsets").noconvert(), py::arg("nbytes").noconvert(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -118,16 +119,29 @@ class MergeTables:
                     self._combined(own, weights[s, :k]) if results is None
                     else self._bordered(own, [results[i] for i in s])
                 )  # fmt: skip
-                for name in out.keys() & MERGE_FEATURES.keys():
+                for name in self._merge_columns:
                     out[name][s, :k] = MERGE_FEATURES[name].finish(values)
                 share = self._shares(own, np.ones(own.shape) if weights is None else weights[s, :k])
-                for c in OWN:
-                    number = self.own[c.name][own]
-                    if MEMBER + c.name in out:
-                        out[MEMBER + c.name][s, :k] = number
-                    if OTHERS + c.name in out:
-                        out[OTHERS + c.name][s, :k] = (share * number[:, None, :]).sum(axis=-1)
+                # Numbers of all names at once: sets are often few.
+                for side, (names, numbers) in self._own_columns.items():
+                    number = numbers.take(own, axis=1)
+                    if side == OTHERS:
+                        number = (share * number[:, :, None, :]).sum(axis=-1)
+                    for name, values in zip(names, number, strict=True):
+                        out[side + name][s, :k] = values
         return out
+
+    @cached_property
+    def _merge_columns(self) -> tuple[str, ...]:
+        return tuple(n for n in level_columns(self.level) if n in MERGE_FEATURES)
+
+    @cached_property
+    def _own_columns(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+        """Numbers of single adapters read of members, and of the others: names, (names, N)."""
+        there = set(level_columns(self.level))
+        names = {side: tuple(c.name for c in OWN if side + c.name in there)
+                 for side in (MEMBER, OTHERS)}  # fmt: skip
+        return {side: (own, np.array([self.own[n] for n in own])) for side, own in names.items()}
 
     def _shares(self, members: np.ndarray, w: np.ndarray) -> np.ndarray:
         """(sets, k, k): what each of the others counts beside each member; NaN where none does."""

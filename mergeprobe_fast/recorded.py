@@ -13,6 +13,7 @@ from mergeprobe_fast.zoo import Zoo
 
 if TYPE_CHECKING:
     from mergeprobe_fast.io.calibration import Calibration
+    from mergeprobe_fast.io.checkpoint import Checkpoint
     from mergeprobe_fast.io.points import Points
     from mergeprobe_fast.io.probe import Snapshot
     from mergeprobe_fast.probes import Probes
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """Calibration and probes beside a zoo; what is None was not given."""
+    """Calibration, probes and base weights beside a zoo; what is None was not given."""
 
     calibration: Calibration | None = None
     domains: tuple[str, ...] = ()  # of the calibration, one per adapter; empty without one
     points: Points | None = None  # what the calibration has of ``--adapters``
     probes: tuple[Snapshot | None, ...] | None = None  # one per adapter, None: it has no probe
     notes: tuple[str, ...] = ()  # for readers of a report
+    base: Checkpoint | None = None
 
 
 NOTHING = Recorded()
@@ -52,6 +54,7 @@ def open_recorded(
     domains: Mapping[str, str] | Sequence[str] | None = None,
     probes: Probes | Folder | None = None,
     at: float | None = None,
+    base: Folder | None = None,
 ) -> Recorded:
     """Open what belongs to a zoo.
 
@@ -61,6 +64,7 @@ def open_recorded(
         probes: folder of probe runs named like the adapters, or found ones.
         at: the fraction of training of the snapshots to take; default: the latest one that is not
             too early.
+        base: folder of the base model, whose weights the adapters are added to.
 
     Raises:
         InputError: what cannot be read, an adapter without a domain, no adapter with a probe.
@@ -99,4 +103,9 @@ def open_recorded(
             notes += (f"no probe of: {', '.join(without)}",)
     elif at is not None:
         raise InputError("given without probes", key="at")
-    return Recorded(opened, chosen, points, found, notes)
+    checkpoint = None
+    if base is not None:
+        from mergeprobe_fast.io.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(base)
+    return Recorded(opened, chosen, points, found, notes, checkpoint)

@@ -138,7 +138,7 @@ def dense_cost(
                 continue
             kept = judge.retention(row, action)[0]
             floored = kept - 0.05 if costs.floor_on == "low" else kept
-            if judge.outside(row, action).any() or not (floored >= costs.floor).all():
+            if judge.outside(row, action).any() or not (floored >= costs.least).all():
                 continue
             lost = np.maximum(0, 1 - kept)
             weighted = sum(len(shares) * shares[i] * x for i, x in zip(group, lost, strict=True))

@@ -11,6 +11,7 @@ import pytest
 from adapters import delta_of, make_adapter, make_zoo
 from calibrations import make_calibration
 from dense_merge import RAGGED, WIDE, exact_sums, seed_from
+from planning_judges import HarmJudge
 from single_files import make_file
 
 import mergeprobe_fast as mpf
@@ -18,9 +19,14 @@ from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io import open_adapter
 from mergeprobe_fast.io.fingerprint import fingerprint
 from mergeprobe_fast.io.router_file import load_router
+from mergeprobe_fast.planning import Costs, Plan, make_plan
 from mergeprobe_fast.planning.artefacts import CONTENTS, apply_plan
 from mergeprobe_fast.planning.plan_types import Group
+from mergeprobe_fast.planning.result import PlannedAdapter
 from mergeprobe_fast.planning.served import read_served, sha256_of
+from mergeprobe_fast.planning.unchanged import fingerprints
+from mergeprobe_fast.predict.predictor import Facts
+from mergeprobe_fast.predict.recipe import Recipe
 
 SIZES = {name: size[:2] for name, size in WIDE.items()}
 
@@ -319,3 +325,34 @@ def test_what_peft_has_no_names_for_is_refused(tmp_path, rng):
     zoo = mpf.open_zoo([tmp_path / "a.safetensors"])
     with pytest.raises(InputError, match="a kohya file: PEFT and vLLM have other names"):
         apply_plan(plan_of(stays("a")), zoo, tmp_path / "out")
+
+
+@pytest.mark.parametrize("group", ["merged", "as it is"])
+def test_an_adapter_that_changed_since_the_plan_is_refused_by_name(tmp_path, rng, group):
+    zoo, made = zoo_in(tmp_path / "zoo", rng)
+    judge = HarmJudge(zoo.names, np.array([[0, 0, 1, 1], [0, 0, 1, 1], [1] * 4, [1] * 4]) * 0.9,
+                      unavailable=dict.fromkeys(("reweight", "prune", "regmean"), "x"))  # fmt: skip
+    known = [PlannedAdapter(a.name, str(a.path), None, f)
+             for a, f in zip(zoo, fingerprints(zoo, 2), strict=True)]  # fmt: skip
+    plan = make_plan(judge, known, Costs())
+    assert [g.members for g in plan.merged] == [("a", "b")]
+    plan.save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert [a.fingerprint for a in plan.adapters] == [fingerprint(a) for a in zoo]
+    plan.apply(tmp_path / "unchanged")
+    name = "b" if group == "merged" else "d"
+    (made[name].path / "README.md").write_text("notes may change, what is added to the base not")
+    plan.apply(tmp_path / "notes")
+    make_adapter(made[name].path, seed=seed_from(rng), modules=WIDE, rank=3)
+    with pytest.raises(InputError, match="changed since the plan was made") as error:
+        plan.apply(tmp_path / "changed")
+    assert (error.value.path, error.value.key) == (str(made[name].path), name)
+    assert not (tmp_path / "changed").exists()
+
+
+def test_every_plan_of_files_has_their_fingerprints(tmp_path, rng):
+    zoo, _ = zoo_in(tmp_path / "zoo", rng)
+    model = mpf.RetentionPredictor({}, Recipe(), Facts(bases=("another",)))
+    for threads in (1, 2):
+        found = mpf.plan(zoo, model=model, threads=threads, curve=False)
+        assert [a.fingerprint for a in found.adapters] == [fingerprint(a) for a in zoo]

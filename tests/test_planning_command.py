@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ import pytest
 from adapters import make_zoo
 from command_line import assert_refused, runner, spoil, strict_json
 from planning_judges import HarmJudge
+from probes import make_run
 
+import mergeprobe_fast as mpf
+from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.planning import Plan, zoo_plan
 
 ZOO = Path(__file__).parents[1] / "examples" / "zoo"
@@ -169,6 +173,7 @@ USAGE = {
     "action": (("zoo", "--out", "o", "--actions", "merge,drop"), "no action 'drop'"),
     "none to measure": (("zoo", "--out", "o", "--calibrate-with", "0"), "expected 1 or more"),
     "costly": (("zoo", "--out", "o", "--costly", "-1"), "--costly: expected 0 or more, got '-1'"),
+    "none resident": (("zoo", "--out", "o", "--resident", "0"), "--resident: expected 1 or more"),
     "rank of words": (("zoo", "--out", "o", "--apply", "--max-rank", "r"), "expected 1 or more"),
     "rank of nothing": (("zoo", "--out", "o", "--max-rank", "8"), "--max-rank: needs --apply"),
     "apply early": (("zoo", "--out", "o", "--apply", "--probes", "p"), "unfinished adapters"),
@@ -215,3 +220,109 @@ def test_an_interrupt_leaves_nothing_behind(run, zoo, judged, monkeypatch):
     monkeypatch.setattr(zoo_plan, "open_judge", interrupted)
     assert_refused(run("plan", "zoo", "--out", "deep/o"), "interrupted", code=130)
     assert os.listdir() == ["zoo"]
+
+
+def test_a_zoo_of_a_base_model_that_is_unknown_gets_a_plan_that_says_it_is_uncalibrated(
+    run, zoo, tmp_path
+):  # fmt: skip
+    """With the shipped predictor, which has never seen the base of these adapters."""
+    ran = run("plan", "zoo", "--out", "o", "--floor", "0.1")
+    said = " ".join(ran.out.split())
+    assert ran.err == "" and ran.code in (0, 1)  # merged something, or found nothing to merge
+    assert "uncalibrated: a score that ranks; what it predicts is no measured retention" in said
+    assert "is not among them" in said and "predicted from a closed formula" in said
+    again = run("plan", "zoo", "--out", "p", "--floor", "0.1", "--json")
+    plan = strict_json(again.out)
+    assert again.code == ran.code == (0 if any(g["method"] for g in plan["groups"]) else 1)
+    assert (plan["predictor"]["calibrated"], plan["predictor"]["level"]) == (False, "score")
+    assert plan["predictor"]["coverage"] is None and plan["decided"] is True
+    assert all(g["low"] == [None] * len(g["members"]) for g in plan["groups"] if g["method"])
+    page = (Path("o") / "plan.html").read_text()
+    assert "ncalibrated: a score that ranks" in page
+    ran = run("plan", "zoo", "--out", "q", "--floor", "0.1", "--apply", "--json")
+    if ran.code == 0:
+        notes = strict_json(ran.out)["applied"]["notes"]
+        assert any("uncalibrated score" in note for note in notes)
+
+
+@needs_zoo
+def test_at_most_so_many_resident(run, judged, tmp_path):
+    ran = run("plan", ZOO, "--out", tmp_path / "a", "--resident", "7", "--json")
+    said = strict_json(ran.out)
+    assert ran.code == 0 and said["resident"] == 7 and said["highest_floor"] is True
+    assert said["costs"]["floor"] == pytest.approx(0.97) and len(said["groups"]) == 7
+    ran = run("plan", ZOO, "--out", tmp_path / "b", "--resident", "6")
+    assert "8 adapters: 6 resident of at most 6, 2 of them merged from 4" in ran.out
+    assert "no other plan of 6 adapters or fewer keeps more at worst" in " ".join(ran.out.split())
+    refused = run("plan", ZOO, "--out", tmp_path / "c", "--resident", "6", "--floor", "0.9")
+    assert_refused(refused, "resident: no plan with 6 or fewer: code")
+    assert "would keep 88.0 % at best, and the floor is 90.0 %; the least is 7" in refused.err
+    judged(Abstains)
+    refused = run("plan", ZOO, "--out", tmp_path / "c", "--resident", "6")
+    assert_refused(refused, "the least is 8; a floor of 0 takes predictions as they are")
+    ran = run("plan", ZOO, "--out", tmp_path / "d", "--resident", "6", "--cost", "floor=0")
+    assert ran.code == 0 and "the floor of 0 lets such predictions count" in " ".join(
+        ran.out.split())  # fmt: skip
+
+
+@needs_zoo
+def test_apply_refuses_an_adapter_that_changed_since_the_plan(run, judged, tmp_path):
+    shutil.copytree(ZOO, tmp_path / "zoo")
+    assert run("plan", tmp_path / "zoo", "--out", tmp_path / "out").code == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(ZOO / "code" / name, tmp_path / "zoo" / "math-b" / name)
+    with pytest.raises(InputError, match="math-b: changed since the plan was made"):
+        Plan.load(tmp_path / "out").apply(tmp_path / "applied")
+    assert not (tmp_path / "applied").exists()
+
+
+KEEN = ("--floor", "0.05", "--cost", "average=0.001", "--cost", "worst=0")  # on merging
+
+
+def test_measured_merges_of_a_zoo_are_fitted_to_end_to_end(run, zoo):
+    """Real adapters, the shipped predictor: choose merges, fill the table in, plan again."""
+    words = ("plan", "zoo", *KEEN)
+    first = run(*words, "--out", "a", "--calibrate-with", "4", "--json")
+    before = strict_json(first.out)
+    rows = (Path("a") / "measure.csv").read_text().splitlines()
+    assert rows[0] == "members,operator,weights,member,base,single,merged" and len(rows) > 8
+    filled = [rows[0], *(row.removesuffix(",,,") + ",-2,-1,-1.5" for row in rows[1:])]  # half each
+    Path("m.csv").write_text("\n".join(filled) + "\n")
+    ran = run(*words, "--out", "b", "--measured", "m.csv", "--json")
+    after = strict_json(ran.out)
+    assert ran.code == first.code == 0 and before["predictor"]["calibrated"] is False
+    assert f"{len(rows) - 1} measured members of 4 merges" in after["predictor"]["reason"]
+
+    def off(plan):
+        kept = [r for g in plan["groups"] if g["method"] for r in g["retention"]]
+        return np.abs(np.array(kept) - 0.5).mean()
+
+    assert off(after) < off(before) or off(after) < 0.02
+    Path("m.csv").write_text("\n".join([filled[0], filled[1].replace("-1.5", "much")]) + "\n")
+    refused = run(*words, "--out", "c", "--measured", "m.csv")
+    assert_refused(refused, "m.csv: line 2: merged: expected a number")
+
+
+def test_probes_at_a_share_of_training_are_planned_with_end_to_end(run, zoo, rng):
+    names = [p.name for p in sorted(zoo.iterdir())]
+    modules = {n: (m.d_out, m.d_in, 2) for n, m in mpf.open_zoo("zoo")[0].modules.items()}
+    for name in names:
+        make_run(Path("runs") / name, rng, modules, steps=(5, 10))
+    said = []
+    for at in ("5%", "10%"):
+        ran = run("plan", "zoo", "--out", f"o{at}", "--probes", "runs", "--at", at,
+                  *KEEN, "--json")  # fmt: skip
+        said.append(strict_json(ran.out))
+        assert ran.code in (0, 1) and said[-1]["predictor"]["early"] is True
+        assert [a["name"] for a in said[-1]["adapters"]] == names
+        merged = [g for g in said[-1]["groups"] if g["method"]]
+        assert ran.code == (0 if merged else 1)
+        with pytest.raises(InputError, match="is of unfinished adapters"):
+            Plan.load(f"o{at}").apply("applied")
+    text = run("plan", "zoo", "--out", "t", "--probes", "runs", "--at", "5%", *KEEN).out
+    assert "of unfinished adapters" in " ".join(text.split())
+    kept = [[g["retention"] for g in s["groups"]] for s in said]
+    assert kept[0] != kept[1]  # other snapshots, other numbers
+    assert_refused(run("plan", "zoo", "--out", "p", "--at", "5%"), "given without probes")
+    refused = run("plan", "zoo", "--out", "p", "--probes", "runs", "--at", "60%")
+    assert_refused(refused, "no snapshot at 0.6")

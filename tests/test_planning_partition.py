@@ -12,6 +12,7 @@ from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.planning import ACTIONS, Costs, partition
 from mergeprobe_fast.planning.book import Book, Exhausted
 from mergeprobe_fast.planning.exact import best_partition
+from mergeprobe_fast.planning.search import Search
 
 # Half a billionth a group, and the millionths of losses that decide between equal costs.
 SLACK = 1e-5
@@ -267,3 +268,28 @@ def test_the_brute_force_finds_out_a_wrong_optimum(rng):
         Book(HashJudge(made(5), 2), costs, np.arange(5), book.shares, ("merge",), effort=1).ask(
             [(0, 1)]
         )
+
+
+def test_asking_for_many_groups_at_once_changes_no_plan(rng, monkeypatch):
+    harm = rng.exponential(0.04, (40, 40))
+    judge = HarmJudge(made(40), harm, unavailable=NO_INPUTS)
+    found = partition(judge, judge.names, effort=10**7)
+    monkeypatch.setattr(Search, "_foresee", lambda *_: None)
+    slow = HarmJudge(made(40), harm, unavailable=NO_INPUTS)
+    same = partition(slow, slow.names, effort=10**7)
+    assert (same.groups, same.cost) == (found.groups, found.cost)
+    assert slow.seen <= judge.seen and judge.calls < slow.calls
+
+
+def test_a_book_forgets_a_price_that_another_book_of_the_same_judge_changes():
+    judge = HarmJudge(made(3), np.full((3, 3), 0.08), better={"regmean": 0.1})
+    shares = np.full(3, 1 / 3)
+    book = Book(judge, Costs(), np.arange(3), shares, ("merge", "regmean"), costly=9)
+    other = book.with_costs(Costs(floor=0.5), effort=None, costly=9)
+    book.ask([(0, 1)])
+    before = other.price((0, 1))
+    book.ask([(0, 1)], ["regmean"])
+    fresh = book.with_costs(Costs(floor=0.5), effort=None, costly=9)
+    assert other.price((0, 1)) == fresh.price((0, 1)) < before
+    other._best_of[0, 1] = before, "merge"  # a fault: it was not forgotten
+    assert other.price((0, 1)) != fresh.price((0, 1))

@@ -15,9 +15,9 @@ from planning_judges import HarmJudge, HashJudge, planted
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.planning import Costs, Plan, make_plan
+from mergeprobe_fast.planning.curve import CURVE_FLOORS
 from mergeprobe_fast.planning.plan_file import to_json, to_text
 from mergeprobe_fast.planning.result import PlannedAdapter
-from mergeprobe_fast.planning.zoo_plan import CURVE_FLOORS
 from mergeprobe_fast.report.plan import write_plan
 from mergeprobe_fast.report.plan_page import render_plan
 
@@ -126,7 +126,7 @@ def put(value, *keys):
 
 MALFORMED = {
     "other format": (put("plan", "format"), "format: is not 'mergeprobe-plan'"),
-    "newer": (put(2, "version"), "version: is 2, this program reads 1"),
+    "newer": (put(3, "version"), "version: is 3, this program reads 2"),
     "unknown key": (put(1, "extra"), "extra: is not a field"),
     "no groups": (put(..., "groups"), "groups: is missing"),
     "groups of words": (put("all", "groups"), "groups: is not a list"),

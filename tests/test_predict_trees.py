@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from mergeprobe_fast import _native
 from mergeprobe_fast.predict.boosted import fit_boosted, forest_of
 from mergeprobe_fast.predict.extra import _ranks, fit_extra
 from mergeprobe_fast.predict.forest import Forest, Tree, rounded
@@ -83,6 +86,44 @@ def test_a_forest_is_walked_row_by_row_as_its_trees_say(rng, kind):
         rows = np.bincount([below(tree, r) for r in x], minlength=len(tree))
         leaf = tree.column < 0
         assert np.array_equal(rows[leaf], tree.rows[leaf]) and tree.rows[0] == len(x)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 128, 129, 300])
+def test_all_trees_at_once_are_each_tree_after_the_other_to_the_bit(rng, rows):
+    x, t = table(rng)
+    w = np.ones(len(t))
+    new = table(rng, n=300, holes=0.3)[0][:rows]
+    for forest in (fit_boosted(x, t, w, **SETTINGS),
+                   fit_extra(x, t, w, count=9, leaf=1, columns=0.5, seed=1)):  # fmt: skip
+        sums = np.zeros(rows)
+        for tree in forest.trees:
+            sums += tree.at[tree.leaves(np.asarray(new, np.float32))]
+        assert np.array_equal(forest.predict(new), forest.start + forest.scale * sums)
+        if rows > 1:
+            swapped = dataclasses.replace(forest.trees[0], left=forest.trees[0].right,
+                                          right=forest.trees[0].left)  # fmt: skip
+            fault = Forest([swapped, *forest.trees[1:]], forest.start, forest.scale)
+            assert not np.array_equal(fault.predict(new), forest.predict(new))
+
+
+def test_the_walk_down_a_forest_refuses_what_would_leave_it(rng):
+    x, t = table(rng)
+    nodes, roots, depths = fit_boosted(x, t, np.ones(len(t)), **SETTINGS)._nodes
+    new, out = np.zeros((3, x.shape[1]), np.float32), np.zeros(3)
+    sums = _native.core().forest_sums
+    sums(nodes, roots, depths, new, out)
+    for field, value, said in (("child", len(nodes), "no such child"), ("child", -1, "no such"),
+                               ("column", x.shape[1], "no such column")):  # fmt: skip
+        bad = nodes.copy()
+        bad[field][0] = value
+        with pytest.raises(ValueError, match=said):
+            sums(bad, roots, depths, new, out)
+    with pytest.raises(ValueError, match="roots: no such node"):
+        sums(nodes, roots + len(nodes), depths, new, out)
+    with pytest.raises(ValueError, match="one per tree"):
+        sums(nodes, roots, depths[1:], new, out)
+    with pytest.raises(ValueError, match="one value per row"):
+        sums(nodes, roots, depths, new, out[1:])
 
 
 def test_contributions_and_a_constant_add_up_to_the_prediction(rng):

@@ -307,10 +307,14 @@ constexpr GemmKernels<T> gemm_kernels() {
 
 extern const TileKernels MP_JOIN(tile_kernels_, MP_ISA);
 extern const SetKernels MP_JOIN(set_kernels_, MP_ISA);
+extern const AngleKernels MP_JOIN(angle_kernels_, MP_ISA);
+extern const EntryKernels MP_JOIN(entry_kernels_, MP_ISA);
 extern const Kernels MP_JOIN(kernels_, MP_ISA);
 const Kernels MP_JOIN(kernels_, MP_ISA) = {MP_TEXT(MP_ISA), gemm_kernels<float>(),
                                            gemm_kernels<double>(), jacobi_svd,
                                            &MP_JOIN(tile_kernels_, MP_ISA),
-                                           &MP_JOIN(set_kernels_, MP_ISA)};
+                                           &MP_JOIN(set_kernels_, MP_ISA),
+                                           &MP_JOIN(angle_kernels_, MP_ISA),
+                                           &MP_JOIN(entry_kernels_, MP_ISA)};
 
 }  // namespace mergeprobe

@@ -55,6 +55,10 @@ def add(command: AddCommand) -> None:
         help="what every member of a merged group must keep (default 0.9)",
     )  # fmt: skip
     sub.add_argument(
+        "--resident", type=_at_least(1), metavar="K",
+        help="at most K adapters resident, merged or not; without --floor, what keeps most so",
+    )  # fmt: skip
+    sub.add_argument(
         "--actions", metavar="A,A", help="merge, reweight, prune, regmean, route (default: all)"
     )
     sub.add_argument(
@@ -110,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
                         probes=options.probes, at=options.at, model=options.model, costs=costs,
                         actions=actions, measured=options.measured, threads=options.threads,
                         costly=COSTLY if options.costly is None else options.costly,
-                        reading=reading, progress=told,
+                        resident=options.resident, reading=reading, progress=told,
                     )  # fmt: skip
             except InputError as error:
                 if not options.skip_bad:

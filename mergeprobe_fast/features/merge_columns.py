@@ -159,7 +159,7 @@ MERGE_FEATURES: dict[str, MergeColumn] = {c.name: c for c in _COLUMNS}
 
 # Of single adapters, by the names of ``mergeprobe_fast.adapter_features``.
 OWN = (
-    *(OwnColumn(f.name, f.title, "weights") for f in SPECTRUM),
+    *(OwnColumn(f.name, f.title, "weights") for f in SPECTRUM if f.by_default),
     OwnColumn("drift", "Drift", "calibration"),
     OwnColumn("self_disturbance", "Own disturbance", "calibration"),
     OwnColumn("self_disturbance_median", "Own disturbance, median channel", "calibration"),

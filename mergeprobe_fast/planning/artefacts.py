@@ -36,6 +36,7 @@ from mergeprobe_fast.planning.served import (
     Served,
     write_served,
 )
+from mergeprobe_fast.planning.unchanged import check_unchanged
 from mergeprobe_fast.zoo import Zoo
 
 if TYPE_CHECKING:
@@ -84,10 +85,12 @@ def apply_plan(
 
     Raises:
         InputError: ``folder`` exists (without ``overwrite``) or cannot be written, a plan of no
-            or other adapters, a merge that is refused, adapters that PEFT has no names for.
+            or other adapters, an adapter that changed since the plan was made, a merge that is
+            refused, adapters that PEFT has no names for.
     """
     groups = tuple(plan.groups)
     folders = _check(groups, zoo, max_rank)
+    check_unchanged(getattr(plan, "adapters", ()), zoo, threads)
     opened = open_given(calibration)
     if opened is None and domains is not None:
         raise InputError("given without a calibration", key="domains")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -11,48 +11,14 @@ import numpy as np
 from mergeprobe_fast.planning.costs import NEVER, Costs
 from mergeprobe_fast.planning.judging import Judge, Judged, padded
 from mergeprobe_fast.planning.plan_types import CHEAP, COSTLY
+from mergeprobe_fast.planning.verdict import Verdict
 
 Set = tuple[int, ...]
 _BATCH_CELLS = 1_000_000  # sets x widest in one call
-
-
-@dataclass(frozen=True, eq=False)
-class Verdict:
-    """What one action makes of one set. Arrays are (members,), in the order of the set."""
-
-    action: str
-    price: int  # NEVER where the floor or the predictor forbids it
-    retention: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    outside: np.ndarray
-    weights: np.ndarray
-
-    @property
-    def allowed(self) -> bool:
-        """Whether the floor holds."""
-        return self.price < NEVER
-
-    @property
-    def known(self) -> bool:
-        """Whether every member has a prediction to rely on."""
-        return bool(np.isfinite(self.retention).all() and not self.outside.any())
-
-    @property
-    def worst(self) -> float:
-        """The least retention; -inf where one is unknown."""
-        return float(np.where(np.isfinite(self.retention), self.retention, -np.inf).min())
-
-    @property
-    def lost(self) -> np.ndarray:
-        """What each member loses, unknown counting as all."""
-        return np.where(np.isfinite(self.retention), np.clip(1 - self.retention, 0, None), 1.0)
-
-    def reordered(self, places: Sequence[int]) -> Verdict:
-        """The same with the members in another order."""
-        at = list(places)
-        return Verdict(self.action, self.price, self.retention[at], self.low[at], self.high[at],
-                       self.outside[at], self.weights[at])  # fmt: skip
+# What a set keeps is between -1 and 1; one of which nothing is to be relied on comes far behind.
+NOTHING = -5.0
+_OUTSIDE = 10.0
+_UNKNOWN = -100.0
 
 
 class Exhausted(Exception):
@@ -73,9 +39,10 @@ class _Store:
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[Set, tuple[_Batch, int]]] = {a: {} for a in (*CHEAP, *COSTLY)}
-        self.harm: np.ndarray | None = None
+        self.harm: dict[bool, np.ndarray] = {}
         self.batches = 0
         self.cells = 0  # set-members asked for
+        self.prices: list[dict[Set, tuple[int, str | None]]] = []  # of every book, kept up to date
 
 
 class Book:
@@ -88,29 +55,39 @@ class Book:
             left out.
         effort: set-members that may be asked for among the cheap actions; None: no end.
         costly: sets that may be asked for among the costly ones.
+        floor: what every member must keep; default that of the costs; ``NOTHING``: no matter what.
         told: called with the number of set-members asked for since the last call.
     """
 
     def __init__(
         self, judge: Judge, costs: Costs, order: np.ndarray, shares: np.ndarray,
         actions: Sequence[str], *, effort: int | None = None, costly: int = 0,
-        told: Callable[[int], None] | None = None, store: _Store | None = None,
+        floor: float | None = None, told: Callable[[int], None] | None = None,
+        store: _Store | None = None,
     ) -> None:  # fmt: skip
         self.judge, self.costs = judge, costs
+        self.anything = costs.floor == 0  # what is outside counts, too
+        least = NOTHING if self.anything else costs.least
+        self.floor = least if floor is None else floor
         self.order, self.shares = np.asarray(order, np.int32), np.asarray(shares, np.float64)
         there = [a for a in actions if a not in judge.unavailable]
         self.cheap = tuple(a for a in CHEAP if a in there)
         self.costly = tuple(a for a in COSTLY if a in there)
         self.effort, self.costly_left, self._told = effort, costly, told
         self._store = _Store() if store is None else store
+        self._best_of: dict[Set, tuple[int, str | None]] = {}
+        self._store.prices.append(self._best_of)
         self._priced: dict[int, np.ndarray] = {}
+        self._rated: dict[int, np.ndarray] = {}
         one = np.ones(len(self.order))
-        self._single = costs.price(self.shares, one, 0 * one, 0 * one)
+        self._alone: list[int] = costs.price(self.shares, one, 0 * one, 0 * one).tolist()
 
-    def with_costs(self, costs: Costs, *, effort: int | None, costly: int) -> Book:
-        """A book of other costs; both know whatever either asks."""
+    def with_costs(
+        self, costs: Costs, *, effort: int | None, costly: int, floor: float | None = None
+    ) -> Book:
+        """A book of other costs, or floor; both know whatever either asks."""
         return Book(self.judge, costs, self.order, self.shares, self.actions, effort=effort,
-                    costly=costly, told=self._told, store=self._store)  # fmt: skip
+                    costly=costly, floor=floor, told=self._told, store=self._store)  # fmt: skip
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -121,6 +98,11 @@ class Book:
     def asked(self) -> dict[str, int]:
         """The sets that each action was asked for."""
         return {a: len(self._store.rows[a]) for a in self.actions}
+
+    @property
+    def refused(self) -> Mapping[tuple[str, frozenset[int]], str]:
+        """Merges that cannot be made, by action and members in the zoo's numbers, and why."""
+        return getattr(self.judge, "refused", {})
 
     @property
     def cells(self) -> int:
@@ -169,6 +151,9 @@ class Book:
         batch = _Batch(store.batches, ranks, judged)
         store.batches += 1
         store.rows[action].update((members, (batch, row)) for row, members in enumerate(sets))
+        for known in store.prices:
+            for members in sets:
+                known.pop(members, None)
         cells = sum(map(len, sets))
         store.cells += cells
         if self._told is not None:
@@ -184,10 +169,7 @@ class Book:
         there = ranks >= 0
         share = np.where(there, self.shares[ranks], 0.0)
         lost = np.where(there, np.clip(1.0 - judged.retention, 0.0, None), 0.0)
-        floored = judged.low if self.costs.floor_on == "low" else judged.retention
-        # What is unknown is not at least the floor.
-        kept = (floored >= self.costs.floor) & np.isfinite(judged.retention) & ~judged.outside
-        allowed = np.where(there, kept, True).all(axis=1)
+        allowed = self._rates(ranks, judged) >= self.floor
         lost = np.where(allowed[:, None], lost, 0.0)
         prices = self.costs.price(
             share.sum(axis=1), there.sum(axis=1),
@@ -195,7 +177,35 @@ class Book:
         )  # fmt: skip
         return np.where(allowed, prices, NEVER)
 
+    def _rates(self, ranks: np.ndarray, judged: Judged) -> np.ndarray:
+        """(sets,) what the floor is compared with, of the worst member; see ``kept``."""
+        floored = judged.low if self.costs.floor_on == "low" else judged.retention
+        known = np.isfinite(floored) & np.isfinite(judged.retention)
+        rate = np.where(known, np.clip(floored, 1 + NOTHING, 1.0), _UNKNOWN)
+        if not self.anything:
+            rate = rate - np.where(judged.outside, _OUTSIDE, 0.0)
+        return np.where(ranks >= 0, rate, 1.0).min(axis=1)
+
     # -- looking up -----------------------------------------------------------------------------
+
+    def kept(self, members: Set, actions: Sequence[str] | None = None) -> float:
+        """What the worst member keeps by the action, of those asked, that leaves it most.
+
+        At most 1, which is that of one adapter. Less than ``NOTHING`` where no prediction is to be
+        relied on; the prediction still ranks those.
+        """
+        if len(members) == 1:
+            return 1.0
+        most = 3 * _UNKNOWN
+        for name in self.actions if actions is None else actions:
+            found = self._store.rows[name].get(members)
+            if found is not None:
+                batch, row = found
+                rated = self._rated.get(batch.number)
+                if rated is None:
+                    rated = self._rated[batch.number] = self._rates(batch.ranks, batch.judged)
+                most = max(most, float(rated[row]))
+        return most
 
     def verdict(self, members: Set, action: str) -> Verdict | None:
         """What is known of one action; None: not asked."""
@@ -204,8 +214,11 @@ class Book:
             return None
         batch, row = found
         at, j = (row, slice(0, len(members))), batch.judged
+        refused = self.refused
+        why = refused.get((action, frozenset(self.order[list(members)].tolist()))) if (
+            refused) else None  # fmt: skip
         return Verdict(action, int(self._prices_of(batch)[row]), j.retention[at], j.low[at],
-                       j.high[at], j.outside[at], j.weights[at])  # fmt: skip
+                       j.high[at], j.outside[at], j.weights[at], why)  # fmt: skip
 
     def verdicts(self, members: Set) -> list[Verdict]:
         """What is known, in the order of the actions."""
@@ -219,10 +232,13 @@ class Book:
 
     def price(self, members: Set) -> int:
         """Of a group, as far as it is known; of one adapter, that of keeping it."""
-        return int(self._single[members[0]]) if len(members) == 1 else self._best(members)[0]
+        return self._alone[members[0]] if len(members) == 1 else self._best(members)[0]
 
     def _best(self, members: Set) -> tuple[int, str | None]:
-        price, action = int(NEVER), None
+        known = self._best_of.get(members)
+        if known is not None:
+            return known
+        price, action = NEVER, None
         for name in self.actions:
             found = self._store.rows[name].get(members)
             if found is not None:
@@ -230,6 +246,7 @@ class Book:
                 own = int(self._prices_of(batch)[row])
                 if own < price:
                     price, action = own, name
+        self._best_of[members] = price, action
         return price, action
 
     def closest(self, members: Set) -> Verdict | None:
@@ -267,15 +284,17 @@ class Book:
 
         All, 1, where that is not known; the pairs must have been asked for, as far as allowed.
         """
-        if self._store.harm is None:
+        found = self._store.harm.get(self.anything)
+        if found is None:
             count = len(self.order)
-            found = self._store.harm = np.zeros((count, count))
+            found = self._store.harm[self.anything] = np.zeros((count, count))
             for pair in combinations(range(count), 2):
                 verdict = self.closest(pair)
-                lost = np.ones(2) if verdict is None or verdict.outside.any() else verdict.lost
+                hidden = verdict is None or (verdict.outside.any() and not self.anything)
+                lost = np.ones(2) if hidden else verdict.lost
                 found[pair], found[pair[::-1]] = lost
-        return self._store.harm
+        return found
 
     def total(self, groups: Iterable[Set]) -> int:
         """The price of a partition."""
-        return min(int(NEVER), sum(self.price(g) for g in groups))
+        return min(NEVER, sum([self.price(g) for g in groups]))

@@ -31,14 +31,16 @@ def unions(between: np.ndarray, groups: Sequence[Set], partners: int = PARTNERS)
     return [((groups[g], groups[h]), (union(groups[g], groups[h]),)) for g, h in ranked]
 
 
-def moves(between: np.ndarray, groups: Sequence[Set]) -> list[Change]:
-    """Each member to the groups where it does least harm, or to none."""
+def moves(
+    between: np.ndarray, groups: Sequence[Set], only: Set | None = None
+) -> list[Change]:  # fmt: skip
+    """Each member to the groups where it does least harm, or to none; ``only`` those of one."""
     size = np.array([len(g) for g in groups])
     cost = sums(between, groups) / (size + 1)
     order = np.argsort(cost, axis=1, kind="stable")
     changes: list[Change] = []
     for g, own in enumerate(groups):
-        for i in own if len(own) > 1 else ():
+        for i in own if len(own) > 1 and only in (None, own) else ():
             left = without(own, (i,))
             changes.append(((own,), (left, (i,))))
             for h in [int(h) for h in order[i] if h != g][:PARTNERS]:
@@ -46,8 +48,13 @@ def moves(between: np.ndarray, groups: Sequence[Set]) -> list[Change]:
     return changes
 
 
-def swaps(between: np.ndarray, groups: Sequence[Set]) -> list[Change]:
-    """Exchanges of two members that spare most, by what pairs do to each other."""
+def swaps(
+    between: np.ndarray, groups: Sequence[Set], only: Set | None = None
+) -> list[Change]:  # fmt: skip
+    """Exchanges of two members that spare most, by what pairs do to each other.
+
+    ``only`` with members of one group; more of each, then.
+    """
     if len(groups) < 2:
         return []
     of = np.empty(len(between), np.int64)
@@ -61,8 +68,13 @@ def swaps(between: np.ndarray, groups: Sequence[Set]) -> list[Change]:
     cost = cost + cost.T
     i, j = np.triu_indices(len(between), 1)
     apart = (of[i] != of[j]) & ((size[of[i]] > 1) | (size[of[j]] > 1))
+    tried = _SWAPS * len(between)
+    if only is not None:
+        inside = np.isin(np.arange(len(between)), only)
+        apart &= inside[i] | inside[j]
+        tried = PARTNERS * len(only)
     i, j = i[apart], j[apart]
-    order = np.argsort(cost[i, j], kind="stable")[: _SWAPS * len(between)]
+    order = np.argsort(cost[i, j], kind="stable")[:tried]
     changes: list[Change] = []
     for a, b in zip(i[order].tolist(), j[order].tolist(), strict=True):
         g, h = groups[of[a]], groups[of[b]]

@@ -17,6 +17,7 @@ UNIT = 1_000_000_000  # prices are counted in billionths, so that sums of them a
 NEVER = 1 << 61  # the price of a group that is not allowed
 _MOST = 10_000.0  # of any cost: sums over a zoo stay far below NEVER
 FLOORS = ("prediction", "low")
+FLOOR = 0.9  # where none is asked for
 # Between plans of equal cost, the one that loses less. Far below what anybody would pay for.
 _TIE = 1e-6
 _POINTS = 100.0
@@ -40,7 +41,10 @@ class Costs:
             adapter than the one before it: 0 with one resident adapter, near 1 with many.
         average: each point of retention that an adapter loses.
         worst: each point that the worst member of a merged group loses, on top.
-        floor: a merged group in which any member keeps less is not allowed.
+        floor: a merged group in which any member keeps less is not allowed, nor one whose
+            retention cannot be predicted: the model has seen nothing like it. 0 forbids nothing,
+            and takes such a number as it is. None: 0.9; where the number of resident adapters is
+            limited, as high as so many can keep.
         floor_on: what the floor is on: the "prediction", or the "low" end of its interval.
         traffic: how often each adapter is asked for, by name, in any unit; empty: all equally.
 
@@ -53,18 +57,19 @@ class Costs:
     request: float = 0.0
     average: float = 0.02
     worst: float = 0.02
-    floor: float = 0.9
+    floor: float | None = None
     floor_on: str = "prediction"
     traffic: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("adapter", "request", "average", "worst", "floor"):
-            _number(getattr(self, name), name)
+            if name != "floor" or self.floor is not None:
+                _number(getattr(self, name), name)
         for name in ("adapter", "request", "average", "worst"):
             if getattr(self, name) > _MOST:
                 raise InputError(f"must be at most {_MOST:g}: the unit is a resident adapter",
                                  key=f"costs: {name}")  # fmt: skip
-        if self.floor > 1:
+        if self.floor is not None and self.floor > 1:
             raise InputError(f"must be at most 1, got {self.floor!r}", key="costs: floor")
         if self.floor_on not in FLOORS:
             known = " or ".join(FLOORS)
@@ -89,9 +94,16 @@ class Costs:
         given = np.array([float(self.traffic[name]) for name in names])
         return given / given.sum()
 
+    @property
+    def least(self) -> float:
+        """The floor, or the one that is kept to where none is asked for."""
+        return FLOOR if self.floor is None else self.floor
+
     def as_json(self) -> dict[str, Any]:
         """Plain values, as a cost file holds them."""
-        return asdict(self) | {"traffic": dict(self.traffic)}
+        said = {n: v if v is None or isinstance(v, str) else float(v)
+                for n, v in asdict(self).items() if n != "traffic"}  # fmt: skip
+        return said | {"traffic": {n: float(v) for n, v in self.traffic.items()}}
 
     def price(
         self, share: np.ndarray, size: np.ndarray, lost: np.ndarray, worst: np.ndarray

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.planning.book import Book, Verdict
+from mergeprobe_fast.planning.book import Book
 from mergeprobe_fast.planning.costs import Costs
 from mergeprobe_fast.planning.judging import Judge
 from mergeprobe_fast.planning.plan_types import ACTIONS, CHEAP, COSTLY
 from mergeprobe_fast.planning.planner import check_actions
+from mergeprobe_fast.planning.verdict import Verdict
 from mergeprobe_fast.planning.words import list_of, refusal, share
 
 RULES = ("cost", "deterministic")
@@ -84,7 +85,7 @@ def _by_cost(book: Book, members: tuple[int, ...], names: list[str]) -> Decision
     if book.bound(members) < book.price(members):
         book.ask([members], book.costly)
     best, alone = book.best(members), book.total([(i,) for i in members])
-    reasons = [refusal(v, book.costs, [names[i] for i in members])
+    reasons = [refusal(v, book, [names[i] for i in members])
                for v in book.verdicts(members) if not v.allowed]  # fmt: skip
     reasons += unavailable(book)
     if best is not None and best.price < alone:
@@ -105,7 +106,7 @@ def _by_rule(book: Book, members: tuple[int, ...], names: list[str]) -> Decision
             verdict = book.verdict(rest, action)
             if verdict.allowed:
                 return _merged(verdict, rest, tuple(routed), (*reasons, *unavailable(book)))
-            reasons.append(refusal(verdict, book.costs, [names[i] for i in rest]))
+            reasons.append(refusal(verdict, book, [names[i] for i in rest]))
         decided = decided and _decided(book, rest)
         out = rest[int(np.argmin(_adjusted(book, rest)))]
         reasons.append(f"{names[out]} has the least retention, adjusted by leverage: routed")
@@ -123,7 +124,7 @@ def _adjusted(book: Book, members: tuple[int, ...]) -> np.ndarray:
 
 
 def _decided(book: Book, members: tuple[int, ...]) -> bool:
-    return any(v.known for v in book.verdicts(members))
+    return any(v.known or v.allowed for v in book.verdicts(members))
 
 
 def unavailable(book: Book) -> list[str]:
@@ -133,6 +134,20 @@ def unavailable(book: Book) -> list[str]:
         missing.setdefault(what, []).append(action)
     return [f"{list_of(actions)}: not available without {what}"
             for what, actions in missing.items()]  # fmt: skip
+
+
+def refusals(book: Book, names: Sequence[str]) -> list[str]:
+    """The merges that could not be made, in words; ``names`` in the order of the zoo."""
+    by_action: dict[str, list[tuple[frozenset[int], str]]] = {}
+    for (action, members), why in book.refused.items():
+        by_action.setdefault(action, []).append((members, why))
+    said = []
+    for action, found in by_action.items():
+        members, why = min(found, key=lambda f: (len(f[0]), sorted(f[0])))
+        which = list_of([names[i] for i in sorted(members)])
+        count = "1 set" if len(found) == 1 else f"{len(found)} sets, say"
+        said.append(f"{action}: not available for {count} ({which}): {why}")
+    return said
 
 
 def _merged(

@@ -18,7 +18,7 @@ def best_partition(book: Book, count: int) -> tuple[list[Set], bool]:
     credit is asked for, until it takes none. Then nothing that was not asked could be better. When
     the book allows no more of that, the best partition of what is known comes back, not proven.
     """
-    sets = _subsets(count)
+    sets = subsets(count)
     book.ask(sets)
     known = np.array([0, *(book.price(s) for s in sets[1:])], np.int64)
     if not book.costly or count < 2:
@@ -56,7 +56,7 @@ def _ask_the_likely(
     for mask, (s, v) in enumerate(zip(sets, kindest, strict=True)):
         share[mask] = book.shares[list(s)].sum()
         # With no cheap action to go by, all are alike.
-        each = np.full(len(s), 1 - book.costs.floor) if v is None else v.lost
+        each = np.full(len(s), 1 - book.floor) if v is None else v.lost
         if len(s) > 1:
             mean[mask], most[mask] = each.mean(), each.max()
             lost[mask] = count * float((book.shares[list(s)] * each).sum())
@@ -75,7 +75,7 @@ def _ask_the_likely(
                 factors.append(min(float(v.lost.mean()) for v in kept) / mean[m])
         factor = float(np.median(factors)) if factors else 1.0
         guess = book.costs.price(share, size, factor * lost, factor * most)
-        guess = np.where(1 - factor * most >= book.costs.floor, guess, NEVER)
+        guess = np.where(1 - factor * most >= book.floor, guess, NEVER)
         guess = np.where(asked | (size < 2), known, np.minimum(known, guess))
         groups = [masks[g] for g in _solve(guess, sets)]
         unknown = [m for m in groups if not asked[m] and size[m] > 1 and guess[m] < known[m]]
@@ -92,7 +92,7 @@ def _credit(book: Book, members: Set) -> int:
     return min(book.price(members), bound + int(_TIE * min(1.0, float(verdict.lost.mean()))))
 
 
-def _subsets(count: int) -> list[Set]:
+def subsets(count: int) -> list[Set]:
     """The set of every bit mask."""
     sets: list[Set] = [()]
     for i in range(count):

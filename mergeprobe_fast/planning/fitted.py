@@ -27,6 +27,7 @@ class _Remembers:
         self._judge = judge
         self.unavailable, self.level = judge.unavailable, judge.level
         self.calibrated, self.coverage = judge.calibrated, judge.coverage
+        self.refused = getattr(judge, "refused", {})
         self._said: dict[tuple[str, frozenset[int]], dict[int, tuple[Any, ...]]] = {}
 
     def first(self, members: np.ndarray, action: str) -> Judged:
@@ -95,6 +96,7 @@ class FittedJudge:
     ) -> None:  # fmt: skip
         self._judge, self._curve, self._miss = judge, curve, miss
         self.unavailable, self.level = judge.unavailable, judge.level
+        self.refused = judge.refused
         self.coverage = judge.coverage if miss is None else COVERAGE
         self.calibrated = judge.calibrated or miss is not None
         self.reason = reason

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merges import MergeTables, best_weights
 from mergeprobe_fast.merging import MERGE_METHODS, merge
 from mergeprobe_fast.planning.judging import Judged, padded
@@ -49,8 +51,10 @@ class PredictorJudge:
                 self.unavailable[action] = "finished adapters"
             elif METHODS[action] not in MERGE_METHODS:
                 self.unavailable[action] = f"a merge method that does it ({METHODS[action]})"
-        # What answers here, and how sure it is of itself, is the same for all sets: whatever does
-        # when every adapter stands beside its neighbour.
+        # Merges that cannot be made, by action and members: why.
+        self.refused: dict[tuple[str, frozenset[int]], str] = {}
+        # What mostly answers here, and how sure it is of itself: whatever does when every adapter
+        # stands beside its neighbour.
         each = np.arange(len(tables.zoo), dtype=np.int32)
         ring = np.column_stack([each, np.roll(each, -1)])
         self._witness: dict[str, np.ndarray] = {}
@@ -58,22 +62,16 @@ class PredictorJudge:
         said = self._predict(columns)
         self.level, self.calibrated, self.reason = said.level, said.calibrated, said.reason
         self.coverage = float(said.coverage) if np.isfinite(said.coverage) else None
-        self._witness = _witness(columns, said)
+        self._witness = _witness(columns, said) if said.level == UNCALIBRATED else {}
 
     def judge(self, members: np.ndarray, action: str) -> Judged:
         """What ``action`` would leave of the members of sets, (sets, widest)."""
         if action in WEIGHTS:
-            return _better([self._weighted(members, name) for name in WEIGHTS[action]], members)
+            each = [_weights(self.tables, members, name) for name in WEIGHTS[action]]
+            both = self.weighted(np.tile(members, (len(each), 1)), np.concatenate(each))
+            parts = zip(*(np.split(getattr(both, f), len(each)) for f in _FIELDS), strict=True)
+            return _better([Judged(*p) for p in parts], members)
         return self._merged(members, action)
-
-    def _weighted(self, members: np.ndarray, name: str) -> Judged:
-        there = members >= 0
-        if name in ("one", "mean"):
-            size = there.sum(axis=1, keepdims=True) if name == "mean" else 1
-            weights = np.where(there, 1.0 / size, np.nan)
-        else:
-            weights = np.where(there, best_weights(self.tables, members, name), np.nan)
-        return self.weighted(members, weights)
 
     def weighted(self, members: np.ndarray, weights: np.ndarray) -> Judged:
         """What sums with these ``weights`` would leave of the members of sets, (sets, widest)."""
@@ -84,13 +82,38 @@ class PredictorJudge:
         return self._judged(columns, weights)
 
     def _merged(self, members: np.ndarray, action: str) -> Judged:
-        parts = []
+        unknown = np.full(members.shape, np.nan)
+        out = Judged(*(unknown.copy() for _ in range(3)), np.zeros(members.shape, bool), unknown)
         for at in range(0, len(members), _AT_ONCE):
-            sets = [row[row >= 0].tolist() for row in members[at : at + _AT_ONCE]]
-            columns = self.tables.of_merged([(own, self._run(own, action)) for own in sets])
-            wide = {n: _widened(v, members.shape[1]) for n, v in columns.items()}
-            parts.append(self._judged(wide, np.full((len(sets), members.shape[1]), np.nan)))
-        return Judged(*(np.concatenate([getattr(p, f) for p in parts]) for f in _FIELDS))
+            found, rows = [], []
+            for row in range(at, min(at + _AT_ONCE, len(members))):
+                own = members[row][members[row] >= 0].tolist()
+                merged = self._made(own, action)
+                if merged is not None:
+                    found.append((own, merged))
+                    rows.append(row)
+            if found:
+                wide = {n: _widened(v, members.shape[1])
+                        for n, v in self.tables.of_merged(found).items()}  # fmt: skip
+                said = self._judged(wide, unknown[rows])
+                for f in _FIELDS:
+                    getattr(out, f)[rows] = getattr(said, f)
+        return out
+
+    def _made(self, members: Sequence[int], action: str) -> MergedAdapter | None:
+        """The merge, or None where it is refused: of these members, nothing can be said then.
+
+        A file of one of the adapters that cannot be read, or that changed, is no such refusal.
+        """
+        try:
+            return self._run(members, action)
+        except InputError as error:
+            place = Path(error.path or "")
+            if any(a.path == place or a.path in place.parents for a in self.tables.zoo):
+                raise
+            said = ": ".join(part for part in (error.key, error.reason) if part)
+            self.refused[action, frozenset(members)] = said
+            return None
 
     def _run(self, members: Sequence[int], action: str) -> MergedAdapter:
         recorded = self.tables.recorded
@@ -116,16 +139,24 @@ _FIELDS = ("retention", "low", "high", "outside", "weights")
 
 
 def _witness(columns: dict[str, np.ndarray], said: Prediction) -> dict[str, np.ndarray]:
-    """Rows to ask along, so that the same level or closed form answers for every batch of sets.
+    """The column of the closed form that answers, with one row where it is known, to ask along.
 
-    A predictor answers for the columns that a batch has, a closed form goes by which is known of
-    most of its rows: sets without, judged by themselves, would get another scale than the rest.
+    Of the closed forms the one that is known of most rows of a batch answers for all of it: sets
+    without, judged by themselves, would get another scale than the rest. Fitted levels need none of
+    this: they are chosen row by row.
     """
-    if said.level == UNCALIBRATED:
-        form = [n for n in columns if (w := score({n: columns[n]})[1]) and w in said.reason]
-        columns = {n: columns[n] for n in form[:1]}
-    known = {n: values[np.isfinite(values)] for n, values in columns.items()}
-    return {n: values[:1] if values.size else np.full(1, np.nan) for n, values in known.items()}
+    form = next(n for n in columns if (w := score({n: columns[n]})[1]) and w in said.reason)
+    known = columns[form][np.isfinite(columns[form])]
+    return {form: known[:1] if known.size else np.full(1, np.nan)}
+
+
+def _weights(tables: MergeTables, members: np.ndarray, name: str) -> np.ndarray:
+    """(sets, widest) by the name of ``WEIGHTS``; NaN beyond a set."""
+    there = members >= 0
+    if name in ("one", "mean"):
+        size = there.sum(axis=1, keepdims=True) if name == "mean" else 1
+        return np.where(there, 1.0 / size, np.nan)
+    return np.where(there, best_weights(tables, members, name), np.nan)
 
 
 def _better(both: Sequence[Judged], members: np.ndarray) -> Judged:
@@ -178,8 +209,6 @@ class ErrorJudge:
     level, calibrated, coverage = "calibration", False, None
 
     def __init__(self, tables: MergeTables) -> None:
-        from mergeprobe_fast.errors import InputError
-
         if tables.recorded.calibration is None:
             raise InputError("the errors of merges need one", key="calibration")
         self.tables, self.unavailable = tables, {}
@@ -201,12 +230,7 @@ class ErrorJudge:
     def _weighted(self, members: np.ndarray, name: str) -> Judged:
         from mergeprobe_fast.engine.sets import set_statistics
 
-        there = members >= 0
-        if name in ("one", "mean"):
-            size = there.sum(axis=1, keepdims=True) if name == "mean" else 1
-            weights = np.where(there, 1.0 / size, np.nan)
-        else:
-            weights = np.where(there, best_weights(self.tables, members, name), np.nan)
+        weights, there = _weights(self.tables, members, name), members >= 0
         error = set_statistics(
             self.tables.totals, members, np.nan_to_num(weights), self.tables.domain_of,
             which=["retention"], threads=self.tables.threads,

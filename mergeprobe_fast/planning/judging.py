@@ -34,6 +34,8 @@ class Judge(Protocol):
     calibrated: bool  # False: no labelled merge of this base model stands behind it
     coverage: float | None  # of the intervals; None: there are none
 
+    # Optional, ``refused``: merges that cannot be made, (action, frozenset of members) and why.
+
     def judge(self, members: np.ndarray, action: str) -> Judged:
         """``members`` (sets, widest) int32, -1 behind the last of each set; at least two each."""
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.planning.book import Book, Set, Verdict
+from mergeprobe_fast.planning.book import Book, Set
 from mergeprobe_fast.planning.judge import METHODS, WEIGHTS
+from mergeprobe_fast.planning.verdict import Verdict
 
 COLUMNS = ("members", "operator", "weights", "member", "base", "single", "merged")
 RANGE = (-1.0, 1.2)  # of retention: beyond, a merge is as bad, or as good, as it gets
@@ -58,7 +59,7 @@ def choose(book: Book, groups: Sequence[Set], count: int) -> list[Candidate]:
         verdict = book.best(ranks) or book.closest(ranks)
         if ranks in pool or verdict is None or not verdict.known:
             continue
-        pool[ranks] = Candidate(ranks, verdict, _telling(verdict, book.costs.floor, ranks in own))
+        pool[ranks] = Candidate(ranks, verdict, _telling(verdict, book.floor, ranks in own))
     ranked = sorted(pool.values(), key=lambda c: (-c.telling, len(c.ranks), c.ranks))[:_POOL]
     if not ranked:
         raise InputError("no merge was predicted that could be measured", key="calibrate-with")

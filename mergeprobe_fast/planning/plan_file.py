@@ -15,6 +15,7 @@ from mergeprobe_fast.io.json_fields import (
     count,
     fields,
     flag,
+    hexadecimal,
     many,
     named,
     natural,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from mergeprobe_fast.planning.result import Plan
 
 PLAN_NAME = "plan.json"
-FORMAT, VERSION = "mergeprobe-plan", 1
+FORMAT, VERSION = "mergeprobe-plan", 2
 _SLACK = 1e-6  # of a cost that is written and one that is added up
 
 
@@ -53,6 +54,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "costs": plan.costs.as_json(),
         "actions": list(plan.actions),
         "groups": [_group_json(g) for g in plan.groups],
+        "resident": plan.resident,
+        "highest_floor": plan.highest,
         "cost": plan.cost,
         "routed_cost": plan.routed_cost,
         "one_sum": None if plan.one_sum is None else asdict(plan.one_sum),
@@ -86,12 +89,17 @@ def parse(raw: dict[str, Any]) -> Plan:
     said = fields(
         raw, "", format=text, version=count, tool=text, base_model=nullable(text),
         calibration=nullable(text), predictor=_predictor, adapters=many(_adapter), costs=_costs,
-        actions=many(_action), groups=many(_group), cost=not_negative, routed_cost=not_negative,
+        actions=many(_action), groups=many(_group), resident=nullable(count), highest_floor=flag,
+        cost=not_negative, routed_cost=not_negative,
         one_sum=nullable(_outcome), proven=flag, decided=flag, judged=named(natural),
         curve=many(_outcome), notes=many(_any_text),
     )  # fmt: skip
     adapters = tuple(PlannedAdapter(**a) for a in said["adapters"])
     _check_members([a.name for a in adapters], said["groups"])
+    if said["resident"] is not None and len(said["groups"]) > max(1, said["resident"]):
+        raise Bad(f"is {said['resident']}, and there are {len(said['groups'])} groups", "resident")
+    if said["highest_floor"] and said["resident"] is None:
+        raise Bad("is true, and nothing limits the groups", "highest_floor")
     total = sum(g.cost for g in said["groups"])
     if abs(total - said["cost"]) > _SLACK * max(1.0, total):
         raise Bad(f"is {said['cost']!r}, and the groups cost {total!r}", "cost")
@@ -104,7 +112,8 @@ def parse(raw: dict[str, Any]) -> Plan:
         level=predictor["level"], calibrated=predictor["calibrated"],
         coverage=predictor["coverage"], reason=predictor["reason"], early=predictor["early"],
         proven=said["proven"], decided=said["decided"], judged=said["judged"],
-        notes=said["notes"], curve=tuple(Outcome(**o) for o in said["curve"]),
+        notes=said["notes"], resident=said["resident"], highest=said["highest_floor"],
+        curve=tuple(Outcome(**o) for o in said["curve"]),
     )  # fmt: skip
 
 
@@ -141,7 +150,8 @@ def _predictor(value: Any, where: str) -> dict[str, Any]:
 
 
 def _adapter(value: Any, where: str) -> dict[str, Any]:
-    return fields(value, where, name=text, path=text, domain=nullable(text))
+    return fields(value, where, name=text, path=text, domain=nullable(text),
+                  fingerprint=nullable(hexadecimal(64)))  # fmt: skip
 
 
 def _outcome(value: Any, where: str) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.planning.book import Book, Set, Verdict
+from mergeprobe_fast.planning.book import Book, Set
 from mergeprobe_fast.planning.costs import UNIT, Costs
 from mergeprobe_fast.planning.exact import best_partition
 from mergeprobe_fast.planning.judging import Judge
+from mergeprobe_fast.planning.limited import limited
 from mergeprobe_fast.planning.plan_types import ACTIONS
 from mergeprobe_fast.planning.search import Search
+from mergeprobe_fast.planning.verdict import Verdict
 
 EXACT_UP_TO = 12
 MOST = 1000  # adapters; beyond, the pairs alone are half a million
@@ -55,6 +57,7 @@ def partition(
     exact_up_to: int = EXACT_UP_TO,
     effort: int = EFFORT,
     costly: int = COSTLY,
+    resident: int | None = None,
     known: Partition | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Partition:
@@ -67,22 +70,30 @@ def partition(
         actions: of :data:`.ACTIONS`, those that may be used.
         effort: set-members that the cheap actions may be asked for, all pairs not counted.
         costly: sets that "prune" and "regmean" may be asked for.
+        resident: at most so many groups. Without a floor in the costs, or with 0, the partition
+            whose worst member keeps most, and of those the cheapest; with a floor, the cheapest.
+            Small zoos' is the best there is, as far as ``costly`` allows (:mod:`.limited`).
         known: a partition by the same judge of the same names at other costs: the search begins
             there, with all that was judged, and ``effort`` counts the pairs.
         progress: called whenever something was judged.
 
     Raises:
-        InputError: no such action, more than ``MOST`` adapters.
+        InputError: no such action, more than ``MOST`` adapters, no partition into so few groups as
+            ``resident`` that is known to be allowed.
     """
     costs = costs or Costs()
     check_actions(actions)
     count = len(names)
     if count > MOST:
         raise InputError(f"has {count} adapters; a plan can be made for up to {MOST}", key="zoo")
+    if resident is not None and (type(resident) is not int or resident < 1):
+        raise InputError(f"must be a positive integer, got {resident!r}", key="resident")
     order = np.array(sorted(range(count), key=lambda i: names[i]), np.int32)
     small = count <= exact_up_to
     pairs = 2 * count * (count - 1) if known is None else 0
     allowed = None if small else effort + pairs
+    if resident is not None and costs.floor:
+        costly //= 2  # half for a plan that may turn out to have too many groups
     best = [float("inf"), count]
 
     def told(_: int) -> None:
@@ -99,14 +110,23 @@ def partition(
         best[:] = found.total(groups) / UNIT, len(groups)
         told(0)
 
+    start = () if known is None else known.ranks
     if count == 0:
         groups, proven = [], True
+    elif resident is not None and not costs.floor:
+        groups, proven = [], False
     elif small:
         groups, proven = best_partition(found, count)
     else:
         search = Search(found, count, improved)
-        groups = search.with_costly(search.best(() if known is None else known.ranks))
+        groups = search.with_costly(search.best(start))
         proven = search.proven(groups)
+    if count and resident is not None and not 0 < len(groups) <= resident:
+        ranked = [names[i] for i in order]
+        book = found.with_costs(costs, effort=allowed, costly=costly)
+        told(0)
+        few = limited(book, count, resident, exact=small, start=groups or start, names=ranked)
+        found, groups, proven = few.book, few.groups, few.proven
     return finished(found, groups, proven)
 
 

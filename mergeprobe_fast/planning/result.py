@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """One adapter of a plan: its name, where it lies, and its calibration domain, if any."""
+    """One adapter of a plan: its name, where it lies, and its calibration domain, if any.
+
+    ``fingerprint`` (``io.fingerprint``) is of what was planned with; None: of no files.
+    """
 
     name: str
     path: str
     domain: str | None = None
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Plan:
         decided: False where the predictor abstains from everything.
         judged: sets that each action was asked for.
         curve: the plan at several floors, what is kept against how many are resident.
+        resident: at most so many groups were allowed; None: any number.
+        highest: then, whether the floor is the highest that so many can keep, not one asked for.
         pairs: what the best action leaves of the members of every pair; None after ``load``.
     """
 
@@ -79,6 +85,8 @@ class Plan:
     curve: tuple[Outcome, ...] = ()
     pairs: PairTable | None = field(default=None, repr=False)
     book: Book | None = field(default=None, repr=False)
+    resident: int | None = None
+    highest: bool = False
 
     def __repr__(self) -> str:
         merged = sum(g.merged for g in self.groups)
@@ -100,7 +108,7 @@ class Plan:
         """What all adapters keep, and what it costs; those of a file that are unknown left out."""
         kept = [r for g in self.groups for r in (g.retention or (1.0,)) if r is not None]
         return Outcome(len(self.groups), self.cost, float(np.mean(kept)) if kept else 1.0,
-                       min(kept, default=1.0), self.costs.floor)  # fmt: skip
+                       min(kept, default=1.0), self.costs.least)  # fmt: skip
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write plan.json; InputError where it exists (without ``overwrite``) or cannot be."""

@@ -34,17 +34,18 @@ _LEAVE = 12  # one in so many members leaves a set that is not allowed
 class Search:
     """Partitions of ``count`` adapters, better and better; all that is known is in the book.
 
-    ``improved(groups)`` is called with every better one.
+    ``improved(groups)`` is called with every better one. ``done``: the book allows no more.
+    ``between`` (count, count): both ways, what two adapters cost each other.
     """
 
     def __init__(self, book: Book, count: int, improved: Callable[[list[Set]], None]) -> None:
         self.book, self.count = book, count
         self._improved = improved
-        self.done = False  # the book allows no more
-        self._ask(list(combinations(range(count), 2)))
+        self.done = False
+        self._most = count
+        self.ask(list(combinations(range(count), 2)))
         self._harm = book.harm()
-        # Both ways: what two adapters cost each other.
-        self._between = self._harm + self._harm.T
+        self.between = self._harm + self._harm.T
 
     def best(self, start: Sequence[Set] = ()) -> list[Set]:
         """The cheapest partition found with the cheap actions, from a ``start`` or from nothing.
@@ -67,6 +68,13 @@ class Search:
         if not start:
             found = self._kicked(found)
         return sorted(found)
+
+    def cheaper(self, groups: Sequence[Set], most: int) -> list[Set]:
+        """The same or cheaper, of at most ``most`` groups, by local moves from ``groups``."""
+        self._most = most
+        found = self._local(sorted(groups))
+        self._most = self.count
+        return min(sorted(groups), found, key=self.book.total)
 
     def _kicked(self, found: list[Set]) -> list[Set]:
         """Take some groups apart at random, improve again, and keep what is better."""
@@ -102,18 +110,18 @@ class Search:
         left = [tuple(i for i in g if i in rest) for g in groups]
         left = [g for g in left if g]
         self.done = False
-        self._ask(left)
+        self.ask(left)
         price = self.book.price
         left = [p for g in left for p in ([g] if price(g) < NEVER else singles(g))]
         found = min(groups, [*top, *left], key=self.book.total)
         self.done = False
         while not self.done and self._step(
-            found, unions(self._between, found, 2), most=1, actions=actions, each=True
+            found, unions(self.between, found, 2), most=1, actions=actions, each=True
         ):
             self._improved(found)
         for g in sorted(found, key=len, reverse=True):
             self.done = False
-            self._ask([g], actions)
+            self.ask([g], actions)
         return sorted(found)
 
     # -- where to start -------------------------------------------------------------------------
@@ -122,7 +130,7 @@ class Search:
         """Unite the groups that save most, some at a time."""
         found = list(groups)
         while not self.done and self._step(
-            found, unions(self._between, found), most=max(1, len(found) // _AT_ONCE)
+            found, unions(self.between, found), most=max(1, len(found) // _AT_ONCE)
         ):
             pass
         return found
@@ -141,7 +149,7 @@ class Search:
     def _largest(self, members: Set, actions: Sequence[str]) -> Set | None:
         """A large allowed subset: those leave first who lose most and who take most from others."""
         while len(members) > 1:
-            self._ask([members], actions)
+            self.ask([members], actions)
             if self.book.price(members) < NEVER:
                 return members
             verdict = self.book.closest(members)
@@ -149,8 +157,9 @@ class Search:
                 return None
             at = np.array(members)
             kept = verdict.low if self.book.costs.floor_on == "low" else verdict.retention
-            short = np.clip(self.book.costs.floor - kept, 0.0, None)
-            short = np.where(verdict.outside | np.isnan(short), 1.0, short)
+            short = np.clip(self.book.floor - kept, 0.0, None)
+            hidden = verdict.outside & (not self.book.anything)
+            short = np.where(hidden | np.isnan(short), 1.0, short)
             blame = (self._harm[np.ix_(at, at)] * short[:, None]).sum(axis=0)
             score = short + blame
             leave = np.argsort(-score, kind="stable")[: max(1, len(members) // _LEAVE)]
@@ -166,7 +175,7 @@ class Search:
         while better and not self.done:
             better = False
             for kind in kinds:
-                while not self.done and self._step(groups, kind(self._between, groups)):
+                while not self.done and self._step(groups, kind(self.between, groups)):
                     better = True
             better |= self._dissolve(groups)
         return groups
@@ -180,16 +189,16 @@ class Search:
         ``each``: one after the other, the first that saves anything.
         """
         if not each:
-            self._ask([s for _, new in changes for s in new], actions)
+            self.ask([s for _, new in changes for s in new], actions)
         used: set[Set] = set()
         made = 0
         for number, (saved, (old, new)) in enumerate(self._ranked(changes, each)):
             if each:
                 if self.done:
                     break
-                self._ask(new, actions)
+                self.ask(new, actions)
                 saved = self._saved(changes[number])
-            if saved <= 0 or used.intersection(old):
+            if saved <= 0 or used.intersection(old) or self._too_many(groups, old, new):
                 continue
             used.update(old)
             for g in old:
@@ -201,17 +210,21 @@ class Search:
         groups.sort()
         return made > 0
 
+    def _too_many(self, groups: Sequence[Set], old: Sequence[Set], new: Sequence[Set]) -> bool:
+        return len(new) > len(old) and len(groups) + len(new) - len(old) > self._most
+
     def _ranked(self, changes: Sequence[Change], as_given: bool) -> list[tuple[int, Change]]:
         if as_given:
             return [(0, change) for change in changes]
         priced = [(self._saved(change), change) for change in changes]
-        return sorted(priced, key=lambda row: (-row[0], row[1]))
+        return sorted([p for p in priced if p[0] > 0], key=lambda row: (-row[0], row[1]))
 
     def _saved(self, change: Change) -> int:
         old, new = change
         return self.book.total(old) - self.book.total(new)
 
-    def _ask(self, sets: Sequence[Set], actions: Sequence[str] | None = None) -> None:
+    def ask(self, sets: Sequence[Set], actions: Sequence[str] | None = None) -> None:
+        """As the book does; where it allows no more, ``done`` says so."""
         try:
             self.book.ask(sets, actions)
         except Exhausted:
@@ -223,26 +236,56 @@ class Search:
         A group fewer is what saves most, and no single move on the way to it saves anything.
         """
         better = False
-        for own in sorted(groups, key=lambda g: (len(g), g)):
+        order = sorted(groups, key=lambda g: (len(g), g))
+        self._foresee(groups, order)
+        for number, own in enumerate(order):
             if own not in groups or self.done or len(groups) < 2:
                 continue
             others = [g for g in groups if g != own]
             saved = self.book.price(own)
             for i in own:
-                size = np.array([len(g) for g in others])
-                cost = sums(self._between[[i]], others)[0] / (size + 1)
-                tried = np.argsort(cost, kind="stable")[:PARTNERS].tolist()
-                joined = [union(others[h], (i,)) for h in tried]
-                self._ask(joined)
-                added = [self.book.price(u) - self.book.price(others[h])
-                         for u, h in zip(joined, tried, strict=True)]  # fmt: skip
-                least, alone = int(np.argmin(added)), self.book.price((i,))
-                if added[least] < alone:
-                    others[tried[least]] = joined[least]
-                else:
-                    others.append((i,))
-                saved -= min(added[least], alone)
-            if saved > 0:
+                tried, joined = self._homes(i, others)
+                self.ask(joined)
+                saved -= self._settled(i, others, tried, joined)
+            if saved > 0 and len(others) <= max(self._most, len(groups)):
                 groups[:] = sorted(others)
                 better = True
+                self._foresee(groups, order[number + 1 :])
         return better
+
+    def _homes(self, i: int, others: Sequence[Set]) -> tuple[list[int], list[Set]]:
+        """The groups that a member is likely to fit best, by place, and what they would become."""
+        size = np.array([len(g) for g in others])
+        cost = sums(self.between[[i]], others)[0] / (size + 1)
+        tried = np.argsort(cost, kind="stable")[:PARTNERS].tolist()
+        return tried, [union(others[h], (i,)) for h in tried]
+
+    def _settled(
+        self, i: int, others: list[Set], tried: Sequence[int], joined: Sequence[Set]
+    ) -> int:  # fmt: skip
+        """Put a member where it costs least, by itself if that is there; what that costs."""
+        added = [self.book.price(u) - self.book.price(others[h])
+                 for u, h in zip(joined, tried, strict=True)]  # fmt: skip
+        least, alone = int(np.argmin(added)), self.book.price((i,))
+        if added[least] < alone:
+            others[tried[least]] = joined[least]
+        else:
+            others.append((i,))
+        return min(added[least], alone)
+
+    def _foresee(self, groups: Sequence[Set], order: Sequence[Set]) -> None:
+        """Ask what dissolving each group alone would ask, all groups at once: a judge is faster so.
+
+        Nothing else: where the book does not allow that many, it is left to be asked step by step.
+        """
+        there = set(groups) if len(groups) > 1 else set()
+        rest = {own: [g for g in groups if g != own] for own in order if own in there}
+        for step in range(max(map(len, rest), default=0)):
+            homes = {own: self._homes(own[step], others) for own, others in rest.items()
+                     if step < len(own)}  # fmt: skip
+            try:
+                self.book.ask([s for _, joined in homes.values() for s in joined])
+            except Exhausted:
+                return
+            for own, (tried, joined) in homes.items():
+                self._settled(own[step], rest[own], tried, joined)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from mergeprobe_fast.planning.book import Book, Set, Verdict
-from mergeprobe_fast.planning.costs import Costs
+from mergeprobe_fast.planning.book import Book, Set
+from mergeprobe_fast.planning.judging import Judge
+from mergeprobe_fast.planning.verdict import Verdict
+from mergeprobe_fast.predict.columns import EARLY
+from mergeprobe_fast.recorded import Recorded, lacks_output_moments
 
 VERBS = {
     "merge": "merged as they are",
@@ -29,22 +33,45 @@ def list_of(names: Sequence[str]) -> str:
     return f"{', '.join(head)} and {last}" if head else last
 
 
-def refusal(verdict: Verdict, costs: Costs, names: Sequence[str]) -> str:
+def refusal(verdict: Verdict, book: Book, names: Sequence[str]) -> str:
     """Why an action is not allowed for a set."""
-    if verdict.outside.any():
+    if verdict.refused is not None:
+        return f"{verdict.action}: not available for this set ({verdict.refused})"
+    if verdict.outside.any() and not book.anything:
         hit = [n for n, out in zip(names, verdict.outside, strict=True) if out]
         return f"{verdict.action}: no prediction for {_some(hit)}, outside what the model has seen"
     if not np.isfinite(verdict.retention).all():
         hit = [n for n, r in zip(names, verdict.retention, strict=True) if not np.isfinite(r)]
         return f"{verdict.action}: no prediction for {_some(hit)}, a value it needs is undefined"
     floored, word = verdict.retention, "would keep"
-    if costs.floor_on == "low":
+    if book.costs.floor_on == "low":
         floored, word = np.nan_to_num(verdict.low, nan=-np.inf), "might keep as little as"
     at = int(np.argmin(floored))
     if not np.isfinite(floored[at]):
         return f"{verdict.action}: no interval for {names[at]}, and the floor is on its lower end"
     return (f"{verdict.action}: {names[at]} {word} {share(floored[at])} "
-            f"(floor {share(costs.floor)})")  # fmt: skip
+            f"(floor {share(book.floor)})")  # fmt: skip
+
+
+def poorer(judge: Judge, recorded: Recorded, predictor: Any) -> list[str]:
+    """Notes where the predictor knows a richer level than answers here, and what would give it."""
+    level = judge.level.removeprefix(EARLY)
+    known = [n.removeprefix(EARLY) for n in getattr(predictor, "levels", ())
+             if n.startswith(EARLY) == judge.level.startswith(EARLY)]  # fmt: skip
+    better = known[known.index(level) + 1 :] if level in known else []
+    if not better or recorded.calibration is None:
+        return []
+    lack = lacks_output_moments(recorded)
+    if lack is not None and "calibration" in better:
+        with_zoo = ", with --adapters ZOO level points" if "points" in better else ""
+        return ["predicted from weights alone: the calibration has inputs and no output moments, "
+                "as those of older versions; one that 'calibrate' makes now gives level "
+                f"calibration{with_zoo}"]  # fmt: skip
+    if recorded.points is None and better[-1] == "points":
+        return [f"predicted from level {level}: the calibration has no losses at the adapters; "
+                "one made with --adapters ZOO gives level points"]  # fmt: skip
+    return [f"predicted from level {level} mostly: values that level {better[-1]} needs are "
+            "undefined of most merges"]  # fmt: skip
 
 
 def _some(names: Sequence[str]) -> str:
@@ -62,7 +89,7 @@ def group_reasons(book: Book, ranks: Set, names: Sequence[str]) -> tuple[str, ..
             f"average, {share(best.worst)} at worst ({own[at]})"]  # fmt: skip
     if np.isfinite(best.low[at]):
         said[0] += f", {share(best.low[at])} to {share(best.high[at])}"
-    said += [refusal(v, book.costs, own) for v in book.verdicts(ranks) if not v.allowed]
+    said += [refusal(v, book, own) for v in book.verdicts(ranks) if not v.allowed]
     for v in book.verdicts(ranks):
         if v.allowed and v.action != best.action:
             said.append(f"{v.action}: allowed too, {share(v.worst)} at worst, and costs no less")
@@ -94,4 +121,4 @@ def routed_reasons(
         more = (book.price(union) - book.price(group) - book.price(one)) / 1e9
         return (f"{where}, where {share(best.worst)} would be kept at worst ({best.action}); "
                 f"that costs {more:.2f} more than it saves",)  # fmt: skip
-    return (f"{where}; {refusal(verdict, book.costs, [names[i] for i in union])}",)
+    return (f"{where}; {refusal(verdict, book, [names[i] for i in union])}",)

@@ -13,9 +13,10 @@ import numpy as np
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.finding import text
-from mergeprobe_fast.planning.book import Book, Set, Verdict
+from mergeprobe_fast.planning.book import Book, Set
 from mergeprobe_fast.planning.costs import Costs, load_costs
-from mergeprobe_fast.planning.decision import unavailable
+from mergeprobe_fast.planning.curve import outcomes, with_curve
+from mergeprobe_fast.planning.decision import refusals, unavailable
 from mergeprobe_fast.planning.judge import METHODS, open_judge
 from mergeprobe_fast.planning.judging import Judge
 from mergeprobe_fast.planning.plan_types import ACTIONS, Group
@@ -25,20 +26,18 @@ from mergeprobe_fast.planning.planner import (
     Partition,
     Progress,
     check_actions,
-    finished,
     group_cost,
     partition,
 )
 from mergeprobe_fast.planning.result import Outcome, Plan, PlannedAdapter
-from mergeprobe_fast.planning.words import group_reasons, routed_reasons
+from mergeprobe_fast.planning.unchanged import fingerprints
+from mergeprobe_fast.planning.verdict import Verdict
+from mergeprobe_fast.planning.words import group_reasons, list_of, poorer, routed_reasons
 from mergeprobe_fast.table import PairTable
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo
 
 if TYPE_CHECKING:
     from mergeprobe_fast.predict import RetentionPredictor
-
-CURVE_FLOORS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
-_CURVE_EFFORT = 6_000
 
 
 def plan(
@@ -55,6 +54,7 @@ def plan(
     curve: bool = True,
     effort: int = EFFORT,
     costly: int = COSTLY,
+    resident: int | None = None,
     threads: int | None = None,
     reading: Callable[[int], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -72,22 +72,26 @@ def plan(
         measured: merges that were evaluated (:func:`.measure.read_measured`, or its file): what is
             predicted is fitted to them first.
         curve: plan at other floors, too.
-        effort, costly: as :func:`.partition` takes them.
+        effort, costly, resident: as :func:`.partition` takes them.
         reading: called with the number of modules done since the last call.
         progress: called while planning.
 
     Raises:
         InputError: what cannot be read, a cost or action that does not exist, too many adapters, an
-            adapter without a snapshot.
+            adapter without a snapshot, ``at`` without probes, no plan known to be allowed with so
+            few ``resident``.
     """
     from mergeprobe_fast.recorded import open_recorded
 
     check_actions(actions)
+    if at is not None and probes is None:
+        raise InputError("given without probes", key="at")
     zoo, chosen = as_zoo(zoo), as_costs(costs)
     chosen.shares(zoo.names)
     judged_zoo, early = (zoo, False) if probes is None else (_snapshots(zoo, probes, at), True)
     recorded = open_recorded(judged_zoo, calibration, domains)
-    judge: Any = open_judge(judged_zoo, recorded, _predictor(model), early=early,
+    predictor = _predictor(model)
+    judge: Any = open_judge(judged_zoo, recorded, predictor, early=early,
                             threads=threads, progress=reading)  # fmt: skip
     reason = judge.reason
     if measured is not None:
@@ -99,13 +103,16 @@ def plan(
         reason = judge.reason
     where = None if recorded.calibration is None else text(abspath(recorded.calibration.path))
     domain_of = recorded.domains or (None,) * len(zoo)
-    adapters = [PlannedAdapter(a.name, text(abspath(a.path)), domain)
-                for a, domain in zip(zoo, domain_of, strict=True)]  # fmt: skip
-    notes = (*(f"left out: {s.reason}" for s in zoo.skipped), *zoo.notes, *recorded.notes)
+    adapters = [
+        PlannedAdapter(a.name, text(abspath(a.path)), domain, known)
+        for a, domain, known in zip(zoo, domain_of, fingerprints(zoo, threads), strict=True)
+    ]
+    notes = (*(f"left out: {s.reason}" for s in zoo.skipped), *zoo.notes, *recorded.notes,
+             *poorer(judge, recorded, predictor))  # fmt: skip
     return make_plan(
         judge, adapters, chosen, actions, base_model=zoo.base_model, calibration=where,
         reason=reason, early=early, notes=notes, curve=curve, effort=effort, costly=costly,
-        progress=progress,
+        resident=resident, progress=progress,
     )  # fmt: skip
 
 
@@ -123,16 +130,22 @@ def make_plan(
     curve: bool = True,
     effort: int = EFFORT,
     costly: int = COSTLY,
+    resident: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
     """A plan by any judge."""
     names = [a.name for a in adapters]
+    highest = resident is not None and not costs.floor
     found = partition(judge, names, costs, actions=actions, effort=effort, costly=costly,
-                      progress=progress)  # fmt: skip
+                      resident=resident, progress=progress)  # fmt: skip
     points: list[tuple[float, Partition]] = []
     if curve and len(names) > 1:
-        found, points = _with_curve(found, names, costs, actions, progress)
+        at_floor, points = with_curve(found, names, costs, actions, resident, progress)
+        found = at_floor or found
     book = found.book
+    if costs.floor is None:
+        # What a limit leaves is the floor that is kept to; no cost is negative.
+        costs = replace(costs, floor=costs.least if resident is None else max(0.0, book.floor))
     groups = _groups(found, names, [names[i] for i in book.order])
     alone = [(i,) for i in range(len(names))]
     everyone = tuple(range(len(names)))
@@ -140,15 +153,15 @@ def make_plan(
     if len(names) > 1 and "merge" not in judge.unavailable and "merge" in actions:
         one_sum = _one_sum(book, everyone)
     pairs, decided = _pairs(book, names), _decided(book)
-    said = unavailable(book) if len(names) > 1 else []
+    said = [*unavailable(book), *refusals(book, names)] if len(names) > 1 else []
     routed_cost = sum((group_cost(book, g) for g in alone), 0.0)
     kept = Outcome(len(names), routed_cost, 1.0, 1.0, 1.0)
     return Plan(
         tuple(adapters), base_model, calibration, costs, tuple(actions), groups, found.cost,
         routed_cost, one_sum, judge.level, judge.calibrated,
         judge.coverage, reason, early, found.proven, decided or len(names) < 2,
-        dict(book.asked), (*notes, *said),
-        _outcomes(points, kept, one_sum) if points else (), pairs, book,
+        dict(book.asked), (*notes, *said, *_unseen(found, groups)),
+        outcomes(points, kept, one_sum) if points else (), pairs, book, resident, highest,
     )  # fmt: skip
 
 
@@ -228,44 +241,22 @@ def _one_sum(book: Book, everyone: Set) -> Outcome | None:
     lost = verdict.lost
     weighted = len(everyone) * float((book.shares * lost).sum())
     cost = book.costs.cost(1.0, weighted, float(lost.max()))
-    return Outcome(1, cost, float(verdict.retention.mean()), verdict.worst, book.costs.floor,
+    return Outcome(1, cost, float(verdict.retention.mean()), verdict.worst, max(0.0, book.floor),
                    verdict.allowed)  # fmt: skip
-
-
-def _with_curve(
-    found: Partition, names: Sequence[str], costs: Costs, actions: Sequence[str],
-    progress: Callable[[Progress], None] | None,
-) -> tuple[Partition, list[tuple[float, Partition]]]:  # fmt: skip
-    """The best plan of all floors that is allowed here, and one of every floor, high ones first."""
-    floors = sorted({*CURVE_FLOORS, costs.floor}, reverse=True)
-    points: list[tuple[float, Partition]] = []
-    for floor in floors:
-        at = found if floor == costs.floor else partition(
-            found.book.judge, names, replace(costs, floor=floor), actions=actions, costly=0,
-            effort=_CURVE_EFFORT, known=found, progress=progress,
-        )  # fmt: skip
-        # What a higher floor allows, a lower one does.
-        if points and points[-1][1].cost < at.cost:
-            before = points[-1][1]
-            at = finished(at.book, before.ranks, at.proven)
-        points.append((floor, at))
-    return next(at for floor, at in points if floor == costs.floor), points
-
-
-def _outcomes(
-    points: Sequence[tuple[float, Partition]], alone: Outcome, one_sum: Outcome | None
-) -> tuple[Outcome, ...]:
-    out = [alone]
-    for floor, at in points:
-        kept = np.concatenate([np.ones(1) if v is None else v.retention for v in at.verdicts])
-        mean, worst = float(kept.mean()), float(kept.min())
-        out.append(Outcome(len(at.groups), at.cost, mean, worst, floor))
-    return (*out, *([] if one_sum is None else [one_sum]))
 
 
 def _decided(book: Book) -> bool:
     """Whether anything was predicted at all."""
-    return any(v.known for s in book.known_sets() for v in book.verdicts(s))
+    return any(v.known or v.allowed for s in book.known_sets() for v in book.verdicts(s))
+
+
+def _unseen(found: Partition, groups: Sequence[Group]) -> list[str]:
+    """A note where a floor of 0 let predictions count that are not to be relied on."""
+    hit = [g.name for g, v in zip(groups, found.verdicts, strict=True) if v and v.outside.any()]
+    if not hit:
+        return []
+    some = list_of(hit if len(hit) < 4 else [*hit[:3], f"{len(hit) - 3} more"])
+    return [f"{some}: outside what the model has seen; the floor of 0 lets such predictions count"]
 
 
 def _pairs(book: Book, names: Sequence[str]) -> PairTable:

@@ -1,4 +1,4 @@
-"""Decision trees as plain arrays: prediction and its attribution need numpy alone."""
+"""Decision trees as plain arrays, their prediction and its attribution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from functools import cached_property
 
 import numpy as np
 
-_CHUNK = 8192  # rows at a time: their columns stay in the cache
+from mergeprobe_fast import _native
+
+# csrc/include/mergeprobe/forest.hpp: ForestNode.
+NODE = np.dtype([("at", "f4"), ("column", "i2"), ("missing_left", "i2"), ("child", "i4", 2)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +68,9 @@ class Tree:
 
     def leaves(self, x: np.ndarray) -> np.ndarray:
         """(n,) the leaf of each row of ``x``, (n, columns) float32."""
-        return self._leaves(np.ascontiguousarray(x.T).ravel(), np.arange(len(x)),
-                            bool(np.isnan(x).any()))  # fmt: skip
-
-    def _leaves(self, flat: np.ndarray, row: np.ndarray, holes: bool) -> np.ndarray:
-        """The same of columns one behind the other: a tree asks few, which stay in the cache."""
         column, at, child, missing_right = self._walk
+        flat, row = np.ascontiguousarray(x.T).ravel(), np.arange(len(x))
+        holes = bool(np.isnan(x).any())
         start = column * len(row)
         node = np.zeros(len(row), np.intp)
         for _ in range(self.depth):
@@ -92,16 +92,23 @@ class Forest:
 
     def predict(self, x: np.ndarray) -> np.ndarray:
         """(n,) float64 from (n, columns); NaN is a value like any other. Compared in float32."""
-        x = np.asarray(x, np.float32)
-        out = np.full(len(x), 0.0)
-        for begin in range(0, len(x), _CHUNK):
-            part = x[begin : begin + _CHUNK]
-            flat, row = np.ascontiguousarray(part.T).ravel(), np.arange(len(part))
-            holes = bool(np.isnan(flat).any())
-            into = out[begin : begin + _CHUNK]
-            for tree in self.trees:
-                into += tree.at.take(tree._leaves(flat, row, holes))
+        x = np.ascontiguousarray(x, np.float32)
+        out = np.empty(len(x))
+        _native.core().forest_sums(*self._nodes, x, out)
         return self.start + self.scale * out
+
+    @cached_property
+    def _nodes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """NODE (nodes of all trees,), where each tree begins, and how deep it is."""
+        roots = np.cumsum([0, *(len(t) for t in self.trees)])
+        nodes = np.zeros(roots[-1], NODE)
+        for t, first in zip(self.trees, roots[:-1], strict=True):
+            own = nodes[first : first + len(t)]
+            column, own["at"], child, missing_right = t._walk
+            own["column"], own["missing_left"] = column, ~missing_right
+            own["child"] = child.reshape(-1, 2) + first
+        depths = np.array([t.depth for t in self.trees], np.int64)
+        return nodes, roots[:-1].astype(np.int64), depths
 
     def contributions(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """A constant and (columns,) what each column adds to it for one row: path attribution.

@@ -41,8 +41,10 @@ class Ranks:
         out = np.zeros(x.shape[::-1])
         for j, (v, r) in enumerate(zip(self.values, self.ranks, strict=True)):
             if len(v) > 1:
-                at = np.interp(np.ascontiguousarray(x[:, j]), v, r)  # of NaN it is NaN
-                out[j] = np.nan_to_num((at - self.mean[j]) / self.deviation[j], copy=False)
+                out[j] = np.interp(np.ascontiguousarray(x[:, j]), v, r)  # of NaN it is NaN
+                out[j] -= self.mean[j]
+                out[j] /= self.deviation[j]
+        out[np.isnan(out)] = 0.0
         return out.T
 
 

@@ -42,7 +42,8 @@ def write_plan(folder: Path, plan: Plan, command: str) -> dict[str, Any]:
 def headline(plan: Plan) -> str:
     """8 adapters: 3 resident, 2 of them merged from 7, 1 as it is."""
     merged, routed = plan.merged, plan.routed
-    parts = [f"{len(plan.groups)} resident"]
+    limit = "" if plan.resident is None else f" of at most {plan.resident}"
+    parts = [f"{len(plan.groups)} resident{limit}"]
     if merged:
         count = sum(len(g.members) for g in merged)
         parts.append(f"{len(merged)} of them merged from {count}")
@@ -67,7 +68,9 @@ def against(plan: Plan) -> str:
 
 def certainty(plan: Plan) -> str:
     """How far the plan can be trusted."""
-    searched = "no other plan costs less" if plan.proven else "the best found, not proven"
+    few = "" if plan.resident is None else f" of {plan.resident} adapters or fewer"
+    better = f"no other plan{few} {'keeps more at worst' if plan.highest else 'costs less'}"
+    searched = better if plan.proven else f"the best found{few}, not proven"
     asked = [f"{n:,} for {a}" for a, n in plan.judged.items() if n]
     return f"{searched}; sets judged: {list_of(asked)}" if asked else searched
 

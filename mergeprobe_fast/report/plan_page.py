@@ -8,6 +8,7 @@ import html
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 .mean { fill: var(--accent); }
 .least { fill: var(--paper); stroke: var(--accent); stroke-width: 2; }
 .least-line { stroke: var(--accent); fill: none; stroke-dasharray: 3 3; }
+.limit { stroke: var(--soft); stroke-dasharray: 1 4; }
 .here { stroke: var(--ink); fill: none; }
 img { image-rendering: pixelated; width: min(100%, 640px); border: 1px solid var(--line); }
 """
@@ -130,8 +132,10 @@ def _curve(plan: Plan) -> str:
         return ""
     wide, high, left, bottom = 640, 300, 48, 36
     most = max(o.resident for o in plan.curve)
+    limited = plan.resident is not None
     # From the tenth below the least: on an axis from 0 good plans could not be told apart.
-    least = np.floor(10 * max(-1.0, min(0.95, *(o.worst for o in plan.curve))) - 1e-9) / 10
+    lowest = min(plan.outcome.worst, *(o.worst for o in plan.curve))
+    least = np.floor(10 * max(-1.0, min(0.95, lowest)) - 1e-9) / 10
 
     def at(o: Outcome, kept: float) -> tuple[float, float]:
         x = left + (wide - left - 16) * (o.resident - 1) / max(1, most - 1)
@@ -149,10 +153,15 @@ def _curve(plan: Plan) -> str:
         for a, b in pairwise(planned):
             (x, y), (u, v) = at(a, getattr(a, key)), at(b, getattr(b, key))
             out.append(f'<line class="{name}" x1="{x}" y1="{y}" x2="{u}" y2="{v}"/>')
-    for number, o in enumerate(plan.curve):
-        on_line = number < len(planned)
-        chosen = on_line and number > 0 and o.floor == plan.costs.floor
-        what = f"floor {o.floor:.0%}" if on_line else "one sum of all"
+    points = [(o, f"floor {o.floor:.0%}" if number < len(planned) else "one sum of all",
+               not limited and 0 < number < len(planned) and o.floor == plan.costs.floor)
+              for number, o in enumerate(plan.curve)]  # fmt: skip
+    if limited:  # its own, beside the line of the floors
+        points.append((plan.outcome, f"at most {plan.resident} resident", True))
+    if limited and plan.resident <= most:
+        x = at(replace(plan.outcome, resident=plan.resident), 1.0)[0]
+        out.append(f'<line class="limit" x1="{x}" x2="{x}" y1="12" y2="{high - bottom}"/>')
+    for o, what, chosen in points:
         title = (f"{what}: {o.resident} resident, {share(o.average)} on average, "
                  f"{share(o.worst)} at worst, cost {o.cost:.2f}")  # fmt: skip
         for name, key in (("mean", "average"), ("least", "worst")):
@@ -169,6 +178,10 @@ def _curve(plan: Plan) -> str:
         "What is predicted to be kept against how many adapters stay resident: the planner at "
         "several floors, filled on average, open at worst; the plan above is circled."
     )
+    if limited:
+        caption = caption.replace("; the plan above is circled", (
+            f". The plan above is circled: {plan.resident} resident at most, left of the vertical "
+            "line or on it"))  # fmt: skip
     if plan.one_sum is not None:
         caption += " The points off the line are one plain sum of all."
     return (f"<h2>Retention against resident adapters</h2><figure>{''.join(out)}</svg>"
@@ -248,6 +261,13 @@ def _pixels(
     return f'<img alt="pairs of {len(names)} adapters" src="data:image/png;base64,{data}">'
 
 
+def _limit(plan: Plan) -> str:
+    if plan.resident is None:
+        return ""
+    found = "; the floor is the highest that was found for so many" if plan.highest else ""
+    return f"At most {plan.resident} adapters were to be resident{found}. "
+
+
 def _costs(plan: Plan) -> str:
     c = plan.costs
     floored = "the lower end of its interval" if c.floor_on == "low" else "its prediction"
@@ -256,6 +276,7 @@ def _costs(plan: Plan) -> str:
         "<h2>Costs</h2><p>"
         f"A resident adapter {c.adapter:g}, routing {c.request:g}, a point of retention lost "
         f"{c.average:g} for each adapter and {c.worst:g} for the worst of a group; {traffic}. "
-        f"No member of a merged group may keep less than {share(c.floor)}, by {floored}. "
+        f"{_limit(plan)}No member of a merged group may keep less than {share(c.floor)}, by "
+        f"{floored}. "
         f"Allowed were {_text(list_of(plan.actions))}.</p>"
     )

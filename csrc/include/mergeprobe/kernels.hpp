@@ -34,6 +34,8 @@ struct GemmKernels {
 
 struct TileKernels;
 struct SetKernels;
+struct AngleKernels;
+struct EntryKernels;
 
 struct Kernels {
   const char* isa;
@@ -45,6 +47,8 @@ struct Kernels {
   int (*jacobi_svd)(double* work, i64 m, i64 n, double* v);
   const TileKernels* tiles;  // mergeprobe/tile_kernels.hpp
   const SetKernels* sets;    // mergeprobe/sets.hpp
+  const AngleKernels* angles;  // mergeprobe/angles.hpp
+  const EntryKernels* entries;  // mergeprobe/entries.hpp
 };
 
 // Instruction sets in order of preference, only those compiled in and present on this CPU.
