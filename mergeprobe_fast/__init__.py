@@ -19,7 +19,8 @@ __version__ = "0.1.0"
 _WHERE = {
     "BackendError": "errors",
     "Costs": "planning",
-    "FEATURES": "features:PAIR_FEATURES",
+    "CROSSWALK": "features",
+    "FEATURES": "features.listing",
     "InputError": "errors",
     "MERGE_METHODS": "merging",
     "Merge": "merges",
@@ -29,6 +30,8 @@ _WHERE = {
     "Zoo": "zoo",
     "adapter_features": "screening",
     "apply_plan": "planning.artefacts",
+    "canonical": "engine.forms",
+    "entry_features": "features.entries",
     "integrations": "integrations:",
     "load_router": "io.router_file",
     "merge": "merging",
@@ -45,6 +48,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "CROSSWALK",
     "FEATURES",
     "MERGE_METHODS",
     "BackendError",
@@ -58,6 +62,8 @@ __all__ = [
     "__version__",
     "adapter_features",
     "apply_plan",
+    "canonical",
+    "entry_features",
     "integrations",
     "load_router",
     "merge",
@@ -75,8 +81,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mergeprobe_fast import integrations, ops, record
+    from mergeprobe_fast.engine.forms import canonical
     from mergeprobe_fast.errors import BackendError, InputError, MergeprobeError
-    from mergeprobe_fast.features import PAIR_FEATURES as FEATURES
+    from mergeprobe_fast.features import CROSSWALK
+    from mergeprobe_fast.features.entries import entry_features
+    from mergeprobe_fast.features.listing import FEATURES
     from mergeprobe_fast.io.calibration import open_calibration
     from mergeprobe_fast.io.router_file import load_router
     from mergeprobe_fast.merges import Merge, merge_features

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergeprobe_fast import _env, engine
-from mergeprobe_fast.features import ADAPTER_FEATURES, Feature, PairColumn, Selection, select
+from mergeprobe_fast.engine.chunks import told_of_chunks
+from mergeprobe_fast.features import (
+    Feature,
+    PairColumn,
+    Request,
+    Selection,
+    Spectra,
+    select,
+    select_of_adapters,
+)
 from mergeprobe_fast.recorded import NOTHING, Recorded, open_recorded
 from mergeprobe_fast.table import AdapterTable, PairTable
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo, text
@@ -44,18 +53,24 @@ class Screen:
 
 def screen(
     zoo: Zoo,
-    features: str | Sequence[str | Feature | PairColumn] = "default",
+    features: Request | Sequence[Request] = "default",
     *,
     recorded: Recorded = NOTHING,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    keep: Folder | None = None,
 ) -> Screen:
-    """Adapter and pair features and the per-layer profile of a zoo."""
+    """Adapter and pair features and the per-layer profile of a zoo.
+
+    ``progress`` is called with the number of modules done since the last call; the total is
+    :func:`steps`. ``keep`` is as in :func:`pair_features`.
+    """
     chosen = select(features, recorded)
     result = engine.run(
-        zoo, chosen.features, recorded=recorded, profile=True, threads=threads, progress=progress
-    )
-    data = _families(zoo, chosen, recorded, threads)
+        zoo, chosen.features, recorded=recorded, profile=True, threads=threads, progress=progress,
+        keep=keep,
+    )  # fmt: skip
+    data = _families(zoo, chosen, recorded, threads, result, progress)
     adapters = _adapter_table(zoo, result, chosen, data)
     pairs = _pair_table(zoo, result, chosen, data)
     return Screen(
@@ -66,7 +81,7 @@ def screen(
 
 def pair_features(
     zoo: Zoo | Paths,
-    features: str | Sequence[str | Feature | PairColumn] = "default",
+    features: Request | Sequence[Request] = "default",
     *,
     calibration: Calibration | Folder | None = None,
     domains: Domains | None = None,
@@ -74,6 +89,7 @@ def pair_features(
     at: float | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    keep: Folder | None = None,
 ) -> PairTable:
     """One row per pair of adapters of a zoo.
 
@@ -84,44 +100,62 @@ def pair_features(
 
     Args:
         zoo: from :func:`mergeprobe_fast.open_zoo`, or what that takes.
-        features: "default", "all", names from ``mergeprobe_fast.FEATURES``, or declarations. What
-            needs a calibration or probes is among the first two only if these are given.
+        features: "default"; "all"; "2601.22285" or "gradience" for the metrics of those, under
+            their names (``mergeprobe_fast.CROSSWALK``); names from ``mergeprobe_fast.FEATURES``;
+            declarations of your own; or a list of these. What needs a calibration or probes is
+            among the groups only if these are given.
         calibration: folder that ``calibrate`` wrote: columns of what updates do to the inputs, the
             outputs and the loss of each adapter's domain.
         domains: of the calibration, per adapter; default: by the adapters' names.
         probes: folder of probe runs named like the adapters: columns of early training.
         at: the fraction of training at which to take the probes; default: the latest.
+        progress: called with the number of modules done since the last call; the total is
+            ``screening.steps``.
+        keep: a folder in which a zoo of so many pairs that they go in blocks has its finished
+            blocks put, of features on tiles. The same call goes on from there when it was
+            killed. Yours to remove.
 
     Raises:
         InputError: an unknown feature, one that needs what was not given, a file that changed, a
-            factor that is not finite.
+            factor that is not finite, other files in ``keep``.
     """
     zoo = as_zoo(zoo)
     recorded = open_recorded(zoo, calibration, domains, probes, at)
     chosen = select(features, recorded)
     result = engine.run(
-        zoo, chosen.features, recorded=recorded, threads=threads, progress=progress
+        zoo, chosen.features, recorded=recorded, threads=threads, progress=progress, keep=keep
     )
-    return _pair_table(zoo, result, chosen, _families(zoo, chosen, recorded, threads))
+    data = _families(zoo, chosen, recorded, threads, result, progress)
+    return _pair_table(zoo, result, chosen, data)
 
 
 def adapter_features(
     zoo: Zoo | Paths,
+    features: str | Sequence[str] = "default",
     *,
     calibration: Calibration | Folder | None = None,
     domains: Domains | None = None,
     probes: Probes | Folder | None = None,
     at: float | None = None,
+    base: Folder | None = None,
     threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> AdapterTable:
     """One row per adapter: size, norm and spectrum of its whole delta.
 
     Singular values of all modules together; ``<feature>.mean`` and ``.max`` are over modules. With
     a calibration and with probes, which are as in :func:`pair_features`, also what these say.
+
+    Args:
+        features: "default", "all", or names of statistics of adapters in
+            ``mergeprobe_fast.FEATURES``.
+        base: folder of the base model, for how large updates are beside its weights: reads them
+            all once, one tensor at a time.
     """
     zoo = as_zoo(zoo)
-    recorded = open_recorded(zoo, calibration, domains, probes, at)
-    return adapter_table(zoo, recorded, threads=threads)
+    recorded = open_recorded(zoo, calibration, domains, probes, at, base)
+    chosen = select_of_adapters(features, recorded)
+    return _of_adapters(zoo, recorded, chosen, threads, progress)
 
 
 def adapter_table(
@@ -133,20 +167,58 @@ def adapter_table(
     progress: Callable[[int], None] | None = None,
 ) -> AdapterTable:
     """The same of an opened zoo, with what belongs to these features of pairs and no more."""
-    chosen = select(features, recorded)
+    return _of_adapters(zoo, recorded, select(features, recorded), threads, progress)
+
+
+def steps(zoo: Zoo, chosen: Selection) -> int:
+    """What ``progress`` adds up to: modules, once for every pass over the zoo."""
+    tiles = engine.passes.steps(zoo, chosen.features)
+    return tiles + len(zoo.modules) * len(_that_read(chosen))
+
+
+def _of_adapters(
+    zoo: Zoo, recorded: Recorded, chosen: Selection, threads: int | None,
+    progress: Callable[[int], None] | None,
+) -> AdapterTable:  # fmt: skip
     result = engine.run(zoo, [], threads=threads, progress=progress)
-    return _adapter_table(zoo, result, chosen, _families(zoo, chosen, recorded, threads))
+    data = _families(zoo, chosen, recorded, threads, result, progress)
+    return _adapter_table(zoo, result, chosen, data)
+
+
+def _that_read(chosen: Selection) -> list[str]:
+    """The families that go over the zoo themselves; of two with one name, one is enough."""
+    return list(dict.fromkeys(f.name for f in chosen.families if f.compute is not None))
 
 
 def _families(
-    zoo: Zoo, chosen: Selection, recorded: Recorded, threads: int | None
-) -> dict[str, Any]:
+    zoo: Zoo, chosen: Selection, recorded: Recorded, threads: int | None,
+    result: engine.PassResult, progress: Callable[[int], None] | None,
+) -> dict[str, Any]:  # fmt: skip
     """What each family of columns is made from."""
     count = _env.threads_or_default(threads)
-    if not chosen.families:
-        return {}
-    with _env.one_blas_thread():
-        return {f.name: f.compute(zoo, recorded, count) for f in chosen.families}
+    data: dict[str, Any] = {}
+    for f in chosen.families:
+        if f.name in data:
+            continue
+        if f.compute is None:
+            alive = result.rank[:, None] > 0
+            spectra = Spectra(zoo, recorded, np.where(alive, result.sigma, 0.0), result.rank)
+            with _env.one_blas_thread():
+                data[f.name] = f.from_spectra(spectra)
+            continue
+        left = len(zoo.modules)
+
+        def advance(modules: int) -> None:
+            nonlocal left
+            step = min(modules, left)
+            left -= step
+            if progress and step:
+                progress(step)
+
+        with _env.one_blas_thread(), told_of_chunks(advance):
+            data[f.name] = f.compute(zoo, recorded, count)
+        advance(left)
+    return data
 
 
 def _pair_table(
@@ -180,23 +252,28 @@ def _adapter_table(
     parameters = np.zeros(len(zoo), np.int64)
     np.add.at(parameters, owner, sizes[entries["module"]] * entries["rank"])
     columns["parameters"] = parameters
-    per_module = {f.name: f.finish(result.sigma) for f in ADAPTER_FEATURES.values()}
     widest = result.sigma.shape[1] * int(np.bincount(owner, minlength=len(zoo)).max(initial=0))
-    whole = np.zeros((len(zoo), widest))
-    for i in range(len(zoo)):
-        values = np.sort(result.sigma[owner == i].ravel())[::-1]
-        whole[i, : len(values)] = values
-    for name, f in ADAPTER_FEATURES.items():
-        columns[name] = f.finish(whole)
-        if name != "norm":
-            columns[f"{name}.mean"], columns[f"{name}.max"] = _over_modules(
-                per_module[name], owner, len(zoo)
+    spectra = {False: result.sigma}
+    if any(f.numerical for f in chosen.adapters):
+        kept = np.arange(result.sigma.shape[1])[None, :] < result.rank[:, None]
+        spectra[True] = np.where(kept, result.sigma, 0.0)
+    whole = {key: np.zeros((len(zoo), widest)) for key in spectra}
+    for key, sigma in spectra.items():
+        for i in range(len(zoo)):
+            values = np.sort(sigma[owner == i].ravel())[::-1]
+            whole[key][i, : len(values)] = values
+    for f in chosen.adapters:
+        columns[f.name] = f.finish(whole[f.numerical])
+        if f.name != "norm":
+            columns[f"{f.name}.mean"], columns[f"{f.name}.max"] = _over_modules(
+                f.finish(spectra[f.numerical]), owner, len(zoo)
             )
     zero = np.bincount(owner[result.rank == 0], minlength=len(zoo))
     columns["zero_modules"] = zero
     for family in chosen.families:
         for c in family.adapters:
-            columns[c.name] = np.asarray(c.finish(data[family.name]))
+            if chosen.takes(c):
+                columns[c.name] = np.asarray(c.finish(data[family.name]))
     return AdapterTable(columns)
 
 

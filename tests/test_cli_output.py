@@ -83,7 +83,7 @@ def test_the_columns_of_pairs_parquet(run, zoo, features):
     expected = ["a", "b"]
     for name in names:
         expected.append(name)
-        if mpf.FEATURES[name].per_module:
+        if name in mpf.FEATURES and mpf.FEATURES[name].declared.per_module:
             expected += [f"{name}.{how}" for how in ("mean", "max", "min", "p10", "p90")]
     assert sorted(table.column_names) == sorted(expected)
     assert table.column_names[:2] == ["a", "b"]

@@ -14,7 +14,9 @@ from adapters import make_adapter
 import mergeprobe_fast as mpf
 
 REPOSITORY = Path(__file__).parents[1]
-HEAVY = ("torch", "pandas", "pyarrow", "scipy", "rich", "peft", "transformers", "triton")
+HEAVY = (
+    "torch", "pandas", "pyarrow", "scipy", "rich", "peft", "transformers", "triton", "xgboost",
+)  # fmt: skip
 
 
 def python(code: str, *arguments: str) -> str:
@@ -44,7 +46,9 @@ def test_import_loads_and_changes_nothing():
     assert not {m for m in loaded if m in heavy}
 
 
-@pytest.mark.parametrize("use", ["open_zoo", "pair_features", "adapter_features", "screen", "ops"])
+@pytest.mark.parametrize("use", [
+    "open_zoo", "pair_features", "adapter_features", "screen", "ops", "FEATURES",
+])  # fmt: skip
 def test_no_heavy_import_on_the_way(tmp_path, use):
     for i in range(3):
         make_adapter(tmp_path / str(i), seed=i, dtype="BF16")
@@ -62,6 +66,8 @@ def test_no_heavy_import_on_the_way(tmp_path, use):
         zoo = mpf.open_zoo(folder)
         if use == "pair_features":
             mpf.pair_features(zoo)
+        elif use == "FEATURES":
+            assert mpf.FEATURES and mpf.CROSSWALK
         elif use == "adapter_features":
             mpf.adapter_features(zoo)
         elif use == "screen":

@@ -10,6 +10,7 @@ from adapters import make_adapter, make_zoo
 
 from mergeprobe_fast import open_zoo
 from mergeprobe_fast.engine import passes
+from mergeprobe_fast.engine.kept import remove_blocks
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.features import select
 
@@ -78,7 +79,7 @@ def test_a_killed_pass_goes_on_and_gives_the_same_to_the_bit(tmp_path, zoo, fill
     filled.clear()
     same(ran(zoo, keep), whole)
     assert not filled
-    passes.Kept(keep, "").remove()
+    remove_blocks(keep)
     assert not keep.exists()
 
 
@@ -121,3 +122,32 @@ def test_one_block_keeps_nothing(tmp_path, zoo, monkeypatch):
     monkeypatch.setattr(passes, "PAIR_BYTES", 1 << 30)
     ran(zoo, tmp_path / "keep")
     assert not (tmp_path / "keep").exists()
+
+
+def test_screen_goes_on_where_it_was_killed_and_cleans_up(tmp_path, zoo, monkeypatch, capsys):
+    from mergeprobe_fast.cli import main
+
+    command = ["screen", str(tmp_path / "zoo"), "--out", str(tmp_path / "new" / "out"), "--json"]
+    fill, done = passes._fill, []
+
+    def killed(*arguments):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(1)
+        return fill(*arguments)
+
+    monkeypatch.setattr(passes, "_fill", killed)
+    assert main(command) == 130
+    said = capsys.readouterr().err
+    blocks = tmp_path / "new" / ".out.blocks"
+    assert len(os.listdir(blocks)) == 3 and not (tmp_path / "new" / "out").exists()
+    assert f"3 blocks of pairs are kept in {blocks}" in said
+    done.clear()
+    monkeypatch.setattr(passes, "_fill", lambda *a: (done.append(1), fill(*a))[1])
+    assert main(command) == 0
+    assert len(done) == 7 and os.listdir(tmp_path / "new") == ["out"]
+    again = [*command[:3], str(tmp_path / "again"), "--json"]
+    assert main(again) == 0
+    for name in ("pairs.parquet", "adapters.parquet"):
+        one, other = (tmp_path / d / name for d in ("new/out", "again"))
+        assert one.read_bytes() == other.read_bytes()

@@ -109,7 +109,7 @@ def test_a_is_the_victim_and_b_the_partner(made):
         assert row["final:norm_b"] == pytest.approx(other.norm, rel=1e-5)
         order = [victim, partner, *(n for n in ADAPTERS if n not in (victim, partner))]
         alone = mpf.pair_features(
-            [folder / "adapters" / n for n in order], "all",
+            [folder / "adapters" / n for n in order],
             calibration=folder / "calibration" / "12", domains=[ADAPTERS[n][0] for n in order],
         )  # fmt: skip
         assert (alone.a[0], alone.b[0]) == (0, 1)

@@ -103,6 +103,16 @@ TOLERANCES = {
         "over d and r in float32: gram_bound('fp32', 33, 33, 6) = 1.6e-6; measured 2e-7",
         "each definition with sides, denominators or directions exchanged",
     ),
+    "singular values": Tolerance(
+        1e-7, "of the largest: eigenvalues of X^T X in float64 to n u64 <= 1e-14, whose root at 0 "
+        "is 1e-7; measured 3e-8", "the same in float32 (1e-4)",
+    ),
+    "angles": Tolerance(
+        1e-6, "float64 from exact float32 factors: squares of cosines to 1e-15, so cosines, sines "
+        "and angles to 3e-8 each, the root of up to 30 of them to 2e-7; what is divided by a "
+        "cosine's square is floored at 1e-12; measured 1e-8", "sides, directions or norms "
+        "exchanged, angles by arccos of float32 cosines (3e-4)",
+    ),
     "on domains": Tolerance(
         2e-6, "'feature', on X V in float32: chains of d <= 31 terms, 3 sqrt(31) u = 1e-6 of "
         "|x| |v|; of what no cancellation would give, |W| |x|, on each of two sides",
@@ -133,6 +143,17 @@ TOLERANCES = {
     "tile_squares": Tolerance(
         1e-11, "float64 sums of float32 squares, which are exact there: n u64 with n <= 1e5",
         "one entry of 1e5 left out",
+    ),
+    "entry sums": Tolerance(
+        LAMBDA * U32 * 387**0.5, "float32 sums of at most 1536 positive terms in 4, 8 or 16 lanes, "
+        "of three roundings each: 384 + 3 terms; float64 from there on; measured 6e-8",
+        "one of 2000 terms left out, sides exchanged, units mistaken",
+    ),
+    "entry columns": Tolerance(
+        1e-5, "of ratios of sums over 180 entries and more, each off by entry_bound(6) = 14 u32 of "
+        "|s| |B| |A|, which is some times the entry: 10 u32 sqrt(6), and u32 sqrt(387) 3 of the "
+        "sums; entries whose sign or rank is undecided are counted apart",
+        "other statistics or means over modules in a column's place, an energy off by a thousandth",
     ),
     "low_rank": Tolerance(
         1e-5, "the project's promise for the error of rank k, relative to the best; measured 1e-7",

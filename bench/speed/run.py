@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SUITES = ("gram", "everyday", "screen", "merge", "operators", "sets", "peers")
+SUITES = ("gram", "everyday", "screen", "merge", "operators", "sets", "entries", "angles", "peers")
 HERE = Path(__file__).resolve().parent
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,15 @@ def add(command: AddCommand) -> None:
         "zoo", nargs="*", metavar="ZOO",
         help="a folder of adapters, or adapters (default: the adapters in the probes)",
     )  # fmt: skip
-    sub.add_argument("--features", default="default", metavar="F,F", help="default, all, or names")
+    sub.add_argument(
+        "--features", default="default", metavar="F,F",
+        help="default, all, 2601.22285, gradience, or names ('mergeprobe-fast features' has them)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--entries", type=_entries, metavar="N|exact",
+        help="statistics of entries too, from so many of each adapter, or from all (all has them "
+        "from 4 million)",
+    )  # fmt: skip
     reads_recorded(sub)
     sub.add_argument(
         "--probes", type=Path, metavar="RUNS",
@@ -40,34 +49,61 @@ def add(command: AddCommand) -> None:
         "--at", type=fraction, metavar="F",
         help="the probes at this share of training, say 5%% (default: the latest)",
     )  # fmt: skip
+    sub.add_argument(
+        "--base", type=Path, metavar="BASE",
+        help="folder of the base model: say how large updates are beside its weights",
+    )  # fmt: skip
     writes(sub)
     opens(sub)
 
 
+def _entries(text: str) -> str | int:
+    if text == "exact":
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected exact or how many, got {text!r}")
+
+
 def run(options: argparse.Namespace) -> int:
-    from mergeprobe_fast.engine.passes import steps
+    from mergeprobe_fast.engine.kept import kept_in, remove_blocks
     from mergeprobe_fast.features import select
     from mergeprobe_fast.io.atomic import AtomicFolder
     from mergeprobe_fast.report.screen import CONTENTS, screen_report, write_screen
     from mergeprobe_fast.report.terminal import print_screen_summary
-    from mergeprobe_fast.screening import screen
+    from mergeprobe_fast.screening import screen, steps
 
     started = time.perf_counter()
-    names = options.features.split(",") if "," in options.features else options.features
+    names: list[Any] = options.features.split(",")
+    if options.entries is not None:
+        from mergeprobe_fast.features.entries import entry_features
+
+        names.append(entry_features(options.entries))
     probes, zoo = _opened(options)
     recorded = _recorded(zoo, probes, options)
-    features = select(names, recorded).features
+    chosen = select(names, recorded)
     shown = None if options.json else console()
+    if shown is not None and "all" in options.features.split(","):
+        shown.print(_costs(zoo, chosen, recorded, options.threads), style="dim")
     inputs = [a.path for a in zoo]
-    inputs += [path for path in (options.calibration, options.probes) if path is not None]
+    beside = (options.calibration, options.probes, options.base)
+    inputs += [path for path in beside if path is not None]
+    out = Path(os.path.abspath(options.out))
+    blocks = out.with_name(f".{out.name}.blocks")
     with AtomicFolder(options.out, options.overwrite, inputs=inputs, contents=CONTENTS) as folder:
         result = None
         while result is None:
             try:
-                with progress_of(shown, steps(zoo, features), "modules") as advance:
+                with progress_of(shown, steps(zoo, chosen), "modules") as advance:
                     result = screen(
-                        zoo, names, recorded=recorded, threads=options.threads, progress=advance
-                    )
+                        zoo, names, recorded=recorded, threads=options.threads, progress=advance,
+                        keep=blocks,
+                    )  # fmt: skip
+            except KeyboardInterrupt:
+                if kept := kept_in(blocks):
+                    complain(f"{kept} blocks of pairs are kept in {blocks}; "
+                             "the same command goes on from there")  # fmt: skip
+                raise
             except InputError as error:
                 # What only the weights themselves show.
                 if not options.skip_bad:
@@ -77,12 +113,28 @@ def run(options: argparse.Namespace) -> int:
                 complain(f"left out: {error}")
         report = screen_report(result, options.command_line)
         summary = write_screen(folder, result, report)
+    remove_blocks(blocks)
     if shown is None:
         print_json({**summary, "out": str(options.out)})
         return OK
     print_screen_summary(report, shown, options.out)
     shown.print(f"{time.perf_counter() - started:.1f} s", style="dim")
     return OK
+
+
+def _costs(zoo: Any, chosen: Any, recorded: Any, threads: int | None) -> str:
+    """What all of it will cost, in one line."""
+    from mergeprobe_fast.features.cost import cost, measured_rate, roughly
+
+    expected = cost(zoo, chosen, recorded)
+    seconds = roughly(expected.seconds(measured_rate(threads)))
+    columns = len(chosen.features) + len(chosen.columns)
+    pairs = len(zoo) * (len(zoo) - 1) // 2
+    largest = sorted(expected.parts, key=lambda part: -expected.parts[part])[:2]
+    said = f"{columns} statistics of {pairs} pairs: {seconds}, most of it {' and '.join(largest)}"
+    if recorded.calibration is not None or recorded.probes is not None:
+        said += "; what was recorded comes on top"
+    return said
 
 
 def _opened(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -102,4 +154,6 @@ def _opened(options: argparse.Namespace) -> tuple[Any, Any]:
 def _recorded(zoo: Any, probes: Any, options: argparse.Namespace) -> Any:
     from mergeprobe_fast.recorded import open_recorded
 
-    return open_recorded(zoo, options.calibration, domains_of(options, zoo), probes, options.at)
+    return open_recorded(
+        zoo, options.calibration, domains_of(options, zoo), probes, options.at, options.base
+    )

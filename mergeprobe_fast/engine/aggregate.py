@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergeprobe_fast.engine.declare import DOT, Feature, Need, Sums, ratio
+from mergeprobe_fast.engine.declare import CHANNELS, DOT, Feature, Need, Sums, ratio
 
 _LARGEST = np.finfo(np.float32).max
 AGGREGATES = ("mean", "max", "min", "p10", "p90")
@@ -27,10 +27,12 @@ class PairBlock:
             self.i, self.j = (x.ravel() for x in np.indices((n1, n2)))
         pairs = len(self.i)
         self.features, self.needs = features, needs
-        self.local = [f for f in features if f.per_module]
+        self.local = [f for f in features if f.per_module and f.over_modules is None]
+        self.means = [f for f in features if f.over_modules is not None]
         # NaN: the module is absent, or one of the deltas is zero there.
         self.values = np.full((len(self.local), modules, pairs), np.nan, np.float32)
         self.weighted = np.zeros((2, len(self.local), pairs))  # sums of weight * value, weight
+        self.mean_sums = np.zeros((2, len(self.means), pairs))  # the same of self.means
         self.total = _zero_sums(pairs, needs)
         self.layer_dot = np.zeros((layers, pairs)) if layers else None
         self.layer_energy = np.zeros((2, layers, pairs))
@@ -54,6 +56,11 @@ class PairBlock:
             valid = ~np.isnan(value)
             self.weighted[0, k] += np.where(valid, weight * value, 0.0)
             self.weighted[1, k] += np.where(valid, weight, 0.0)
+        for k, feature in enumerate(self.means):
+            value = np.asarray(feature.finish(sums), np.float64)
+            own = np.where(np.isnan(value), 0.0, feature.over_modules(sums))
+            self.mean_sums[0, k] += np.where(own > 0, own * value, 0.0)
+            self.mean_sums[1, k] += own
         if self.layer_dot is not None:
             self.layer_dot[layer] += sums.need[DOT]
             self.layer_energy[0, layer] += sums.energy_a
@@ -71,7 +78,11 @@ class PairBlock:
         """
         out: dict[str, np.ndarray] = {}
         local = {f.name: k for k, f in enumerate(self.local)}
+        means = {f.name: k for k, f in enumerate(self.means)}
         for f in self.features:
+            if f.name in means:
+                out[f.name] = self._clip(f, ratio(*self.mean_sums[:, means[f.name]]))
+                continue
             out[f.name] = self._clip(f, np.asarray(f.finish(self.total), np.float64))
             if f.name in local:
                 out.update(self._over_modules(f, local[f.name]))
@@ -115,8 +126,10 @@ def _zero_sums(pairs: int, needs: list[Need]) -> Sums:
         return np.zeros(pairs)
 
     tiles = [n for n in needs if n.view == "weights"]
+    channels = [n for n in needs if n.product in CHANNELS]
     return Sums(
         {n: zeros() for n in tiles}, {n: zeros() for n in tiles},
         *(zeros() for _ in range(11)),
         {n: np.zeros((6, pairs)) for n in needs if n.view != "weights"},
+        {n: np.zeros((2, pairs)) for n in channels},
     )  # fmt: skip

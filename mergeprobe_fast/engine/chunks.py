@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +14,7 @@ from mergeprobe_fast import _native
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.adapter import AdapterRef
 from mergeprobe_fast.io.read import read_into
-from mergeprobe_fast.ops._tables import BLOCK, JOB, SEGMENT, address
+from mergeprobe_fast.ops._tables import BLOCK, DTYPE_CODE, JOB, SEGMENT, address
 from mergeprobe_fast.ops.canonical import NOISE, RELATIVE, STATUS
 from mergeprobe_fast.zoo import Zoo
 
@@ -149,10 +151,10 @@ class CanonicalChunk:
 
 
 class CanonicalFactors:
-    """Reusable memory for canonical factors, float32."""
+    """Reusable memory for canonical factors, float32 or float64."""
 
-    def __init__(self, capacity: int) -> None:
-        self._buffer = np.empty(capacity, np.float32)
+    def __init__(self, capacity: int, dtype: type[np.floating] = np.float32) -> None:
+        self._buffer = np.empty(capacity, dtype)
 
     def compute(self, raw: RawChunk, threads: int) -> CanonicalChunk:
         """Canonical form of every entry. InputError naming the tensor that is not finite."""
@@ -169,12 +171,13 @@ class CanonicalFactors:
         jobs["d_out"], jobs["d_in"], jobs["max_rank"] = d_out, d_in, e["rank"]
         base = address(self._buffer)
         # Dimension-major, so that packing for P1 is a copy without a transpose.
-        jobs["u_out"], jobs["u_row"], jobs["u_col"] = base + 4 * starts, 1, e["rank"]
-        jobs["v_out"] = base + 4 * (starts + d_out * e["rank"])
+        size = self._buffer.itemsize
+        jobs["u_out"], jobs["u_row"], jobs["u_col"] = base + size * starts, 1, e["rank"]
+        jobs["v_out"] = base + size * (starts + d_out * e["rank"])
         jobs["v_row"], jobs["v_col"] = 1, e["rank"]
         jobs["sigma"] = np.arange(n) * widest
         _native.core().canonicalise(
-            segments, np.arange(n + 1), jobs, sigma.reshape(-1), False, False, RELATIVE, NOISE,
+            segments, np.arange(n + 1), jobs, sigma.reshape(-1), size == 8, False, RELATIVE, NOISE,
             threads, _native.isa(),
         )  # fmt: skip
         refuse_failed(jobs, np.arange(n + 1), raw)
@@ -186,6 +189,7 @@ class CanonicalFactors:
         for side in "uv":
             blocks[side]["data"] = jobs[f"{side}_out"]
             blocks[side]["row_stride"], blocks[side]["col_stride"] = 1, e["rank"]
+            blocks[side]["dtype"] = DTYPE_CODE["F64" if size == 8 else "F32"]
         blocks["rank"] = jobs["rank"]
         return CanonicalChunk(blocks, sigma, jobs["rank"].copy(), self._buffer)
 
@@ -207,6 +211,19 @@ def refuse_failed(jobs: np.ndarray, bounds: np.ndarray, raw: RawChunk) -> None:
         )
 
 
+_listener: ContextVar[Callable[[int], None] | None] = ContextVar("chunks done", default=None)
+
+
+@contextmanager
+def told_of_chunks(listener: Callable[[int], None]) -> Iterator[None]:
+    """While the block runs, ``listener`` gets the modules of every chunk that is done with."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
 def read_ahead(zoo: Zoo, chunks: Sequence[Chunk], threads: int) -> Iterator[RawChunk]:
     """Each chunk's bytes in turn; the next one is read while the caller computes.
 
@@ -221,3 +238,6 @@ def read_ahead(zoo: Zoo, chunks: Sequence[Chunk], threads: int) -> Iterator[RawC
             if i + 1 < len(chunks):
                 pending = pool.submit(buffers[(i + 1) % 2].read, chunks[i + 1], threads)
             yield current
+            told = _listener.get()
+            if told is not None:
+                told(chunks[i].last - chunks[i].first)

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from mergeprobe_fast.recorded import Recorded
 
-Product = Literal["uv", "uu", "vv", "hsic"]
+Product = Literal["uv", "uu", "vv", "hsic", "out", "in"]
 Weight = Literal["one", "sigma", "energy"]  # 1, sigma_a, sigma_a^2
 View = Literal["weights", "inputs", "mean_input", "kfac", "fisher"]
 
@@ -33,6 +33,9 @@ class Need:
     - "kfac": that of "inputs", and M = U_i^T K U_j, K = Y^T Y / T;
     - "fisher": M = U_i^T diag(u) U_j, N = V_i^T diag(v) V_j, u and v the means of y^2 and x^2.
 
+    "out" and "in" are products of channel energies, ``sum_o p_i[o] p_j[o]`` over output or input
+    channels, with p_i the squared norms of the rows (columns) of W_i; both weights are "energy".
+
     "hsic" is the unbiased HSIC (Song et al., JMLR 2012) of the outputs X W_i^T and X W_j^T, from
     N*N on centred inputs. ``relative`` divides each module's sum by the mean of the squared norm of
     the base module's output, to first order in the output energies: for "uv" alone.
@@ -52,6 +55,8 @@ ROW_RV = Need("vv", "energy", "energy")  # ||W_i W_j^T||_F^2
 COL_RV = Need("uu", "energy", "energy")
 ROW_CAPTURE = Need("vv", "energy", "one")  # ||W_i V_j V_j^T||_F^2
 COL_CAPTURE = Need("uu", "energy", "one")
+OUT_CHANNELS = Need("out", "energy", "energy")  # sum_o ||row o of W_i||^2 ||row o of W_j||^2
+IN_CHANNELS = Need("in", "energy", "energy")
 OUTPUT = Need("uv", "sigma", "sigma", "inputs")  # mean of W_i x . W_j x
 OUTPUT_RELATIVE = Need("uv", "sigma", "sigma", "inputs", True)  # over the mean of |W_0 x|^2
 OUTPUT_HSIC = Need("hsic", "energy", "energy", "inputs")
@@ -76,7 +81,8 @@ class Sums:
     ``energy2`` the sum of sigma^4, ``rank`` the numerical rank; ``shared_energy_*`` the energy in
     modules that both adapt, ``null_variance`` the variance of <W_a, W_b> if the deltas pointed in
     independent random directions; ``modules`` counts the modules an adapter has. ``on_a`` and
-    ``on_b`` give the sums of needs with a view, on the domains of a and of b.
+    ``on_b`` give the sums of needs with a view, on the domains of a and of b. ``own[n]`` (2, pairs)
+    is the sum of a channel product for (a, a) and (b, b).
     """
 
     need: dict[Need, np.ndarray]
@@ -93,6 +99,7 @@ class Sums:
     modules_a: np.ndarray
     modules_b: np.ndarray
     domain: dict[Need, np.ndarray]  # (6, pairs): dot, own, other on a's domain, then on b's
+    own: dict[Need, np.ndarray] = field(default_factory=dict)
 
     def on_a(self, need: Need) -> OnDomain:
         """The sums on a's domain: a owns it."""
@@ -108,7 +115,9 @@ class Feature:
     """A number per pair of adapters; one column, and its aggregates over modules.
 
     ``finish`` gets :class:`Sums` and returns one float64 per pair, NaN where undefined.
-    ``per_module=False`` features exist only for the concatenated deltas.
+    ``per_module=False`` features exist only for the concatenated deltas. ``over_modules`` gives
+    the weight of each module, from its sums: the feature then *is* the mean over modules with these
+    weights, undefined modules left out, and has no other aggregates.
     """
 
     name: str
@@ -127,6 +136,10 @@ class Feature:
     # What has to be recorded and is not, in one phrase; None: it can be computed.
     missing: Callable[[Recorded], str | None] = lambda recorded: None
     by_default: bool = True  # else among "all" only, and by name: it costs much and says little
+    over_modules: Callable[[Sums], np.ndarray] | None = None
+
+
+CHANNELS = ("out", "in")  # the products of channel energies
 
 
 def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mergeprobe_fast.engine.channels import ChannelGrams
 from mergeprobe_fast.engine.chunks import CanonicalChunk, RawChunk
-from mergeprobe_fast.engine.declare import Need, Sums
+from mergeprobe_fast.engine.declare import CHANNELS, Need, Sums
 from mergeprobe_fast.engine.on_domains import DomainGrams
 from mergeprobe_fast.engine.p1 import POWER, Side, flip, fused, outputs
 from mergeprobe_fast.engine.samples import Samples
@@ -31,11 +32,12 @@ class ChunkGrams:
         self._two = two = one if self._symmetric else Side.of(second, raw, form)
         self._i, self._j = pairs
         self._needs = [n for n in needs if n.view == "weights"]
+        tiles = [n for n in self._needs if n.product not in CHANNELS]
         # The (b, a) value of a directed sum lies in the other triangle; without one it is an
         # epilogue of its own.
-        self._listed = list(self._needs)
+        self._listed = list(tiles)
         if not self._symmetric:
-            self._listed += [flip(n) for n in self._needs if flip(n) not in self._needs]
+            self._listed += [flip(n) for n in tiles if flip(n) not in tiles]
         self._chunk = raw.chunk
         self._shapes = raw.zoo.modules[raw.chunk.first : raw.chunk.last]
         self._bounds = outputs(one, two)
@@ -53,6 +55,9 @@ class ChunkGrams:
         )  # fmt: skip
         if self._domain_grams is not None:
             self._domain_grams.take(self._out[len(self._listed) :])
+        self._channels = ChannelGrams(
+            one, two, [n.product for n in self._needs if n.product in CHANNELS], raw, form, threads
+        )
 
     def modules(self) -> Iterator[tuple[int, Sums]]:
         """(module, its sums over the pairs) for every module that any adapter has."""
@@ -79,7 +84,11 @@ class ChunkGrams:
         def over_pairs(n: Need, where: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
             if grams.shape[1] == 0:
                 return np.zeros(len(i))
-            values = np.take(grams[self._listed.index(n)], where)
+            if n.product in CHANNELS:
+                gram = self._channels.cross[n.product][self._bounds[k] : self._bounds[k + 1]]
+            else:
+                gram = grams[self._listed.index(n)]
+            values = np.take(gram, where)
             for top, power in ((a, POWER[n.row]), (b, POWER[n.column])):
                 if power:
                     values *= top if power == 1 else top * top
@@ -100,6 +109,14 @@ class ChunkGrams:
             values = square.sum(1), np.square(square).sum(1), side.rank[rows]
             return [side.spread(rows, v)[pair] for v in values]
 
+        own = {}
+        for n in self._needs:
+            if n.product in CHANNELS:
+                alone1, alone2 = self._channels.alone[n.product]
+                own[n] = np.array([
+                    one.spread(rows1, alone1[rows1] * one.top[rows1] ** 4)[i],
+                    two.spread(rows2, alone2[rows2] * two.top[rows2] ** 4)[j],
+                ])  # fmt: skip
         e1, f1, k1 = energies(one, rows1, i)
         e2, f2, k2 = energies(two, rows2, j)
         entries = self._shapes[k].d_out * self._shapes[k].d_in
@@ -109,5 +126,5 @@ class ChunkGrams:
             domain = self._domain_grams.sums(k, place, (i, j), self._domains)
         return Sums(
             need, mirrored, e1, e2, f1, f2, k1, k2, e1 * here_j, e2 * here_i, e1 * e2 / entries,
-            here_i, here_j, domain,
+            here_i, here_j, domain, own,
         )  # fmt: skip

@@ -67,9 +67,6 @@ class Kept:
                 path.unlink(missing_ok=True)
                 self.stale += 1
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self._files())
-
     def get(self, first: int, second: int) -> Done | None:
         """The block of these two numbers; None: not done."""
         path = self._path(first, second)
@@ -103,14 +100,6 @@ class Kept:
         with AtomicFile(self._path(first, second), overwrite=True) as temporary:
             write(temporary, {k: np.ascontiguousarray(v) for k, v in tensors.items()}, told)
 
-    def remove(self) -> None:
-        """All blocks, what a kill left of one, and the folder."""
-        if self.folder.is_dir():
-            for path in self.folder.glob(f"*{_ENDING}*"):
-                path.unlink(missing_ok=True)
-            with suppress(OSError):  # somebody else's file
-                self.folder.rmdir()
-
     def _path(self, first: int, second: int) -> Path:
         return self.folder / f"{first}-{second}{_ENDING}"
 
@@ -123,6 +112,20 @@ class Kept:
             return read_header(path).metadata.get("made_from") == self._made_from
         except InputError:  # half a block, of a machine that went down
             return False
+
+
+def kept_in(folder: str | os.PathLike[str]) -> int:
+    """How many blocks a folder has."""
+    return sum(1 for path in Path(folder).glob(f"*{_ENDING}") if not path.name.startswith("."))
+
+
+def remove_blocks(folder: str | os.PathLike[str]) -> None:
+    """All blocks in a folder, what a kill left of one, and the folder if nothing else is in it."""
+    if Path(folder).is_dir():
+        for path in Path(folder).glob(f"*{_ENDING}*"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's file
+            Path(folder).rmdir()
 
 
 def made_from(

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mergeprobe_fast.engine.declare import (
+    CHANNELS,
     COL_CAPTURE,
     COL_OVERLAP,
     COL_RV,
     DOT,
     FISHER,
+    IN_CHANNELS,
     KFAC,
     MEAN_OUTPUT,
+    OUT_CHANNELS,
     OUTPUT,
     OUTPUT_HSIC,
     OUTPUT_RELATIVE,
@@ -38,16 +41,19 @@ if TYPE_CHECKING:
     from mergeprobe_fast.zoo import Zoo
 
 __all__ = [
+    "CHANNELS",
     "COL_CAPTURE",
     "COL_OVERLAP",
     "COL_RV",
     "DOT",
     "FISHER",
+    "IN_CHANNELS",
     "KFAC",
     "MEAN_OUTPUT",
     "OUTPUT",
     "OUTPUT_HSIC",
     "OUTPUT_RELATIVE",
+    "OUT_CHANNELS",
     "ROW_CAPTURE",
     "ROW_OVERLAP",
     "ROW_RV",
@@ -57,9 +63,24 @@ __all__ = [
     "Need",
     "OnDomain",
     "PairColumn",
+    "Spectra",
     "Sums",
     "ratio",
 ]
+
+
+@dataclass(frozen=True, eq=False)
+class Spectra:
+    """What the pass over the tiles found of every delta, rows as in ``zoo.table.entries``.
+
+    ``sigma``: (entries, widest) singular values, descending, zero padded and zero for a delta that
+    counts as zero; ``rank``: their numerical ranks.
+    """
+
+    zoo: Zoo
+    recorded: Recorded
+    sigma: np.ndarray
+    rank: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -93,6 +114,9 @@ class AdapterColumn:
     definition: str
     finish: Callable[[Any], np.ndarray]
     source: str = ""
+    low: float | None = None
+    high: float | None = None
+    null_text: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,12 +124,19 @@ class Family:
     """Columns that share what they are made from.
 
     ``missing(recorded)`` says in one phrase what is not there ("a calibration with gradients"), or
-    None when the family can be computed. ``compute(zoo, recorded, threads)`` is called once.
+    None when the family can be computed. ``compute(zoo, recorded, threads)`` is called once. A
+    family that needs singular values alone has ``from_spectra`` instead, which gets
+    :class:`Spectra` and goes over no factors.
     """
 
     name: str
     missing: Callable[[Recorded], str | None]
-    compute: Callable[[Zoo, Recorded, int], Any]
+    compute: Callable[[Zoo, Recorded, int], Any] | None = None
     pairs: tuple[PairColumn, ...] = ()
     adapters: tuple[AdapterColumn, ...] = ()
     title: str = ""  # what a report calls its columns together
+    by_default: bool = True  # else only where "all" is asked for
+    work: Callable[[Zoo], float] | None = None  # multiply-adds, where they are worth a word
+    from_spectra: Callable[[Spectra], Any] | None = None
+    cost: str = ""  # of a pair and module, in words or as a formula
+    pace: float = 1.0  # time of one of its multiply-adds over one of the block Gram's, measured

@@ -12,7 +12,8 @@ import numpy as np
 class AdapterFeature:
     """A number per adapter and per module, from all singular values of the delta.
 
-    ``finish`` gets a (rows, k) array of singular values, descending and zero padded.
+    ``finish`` gets a (rows, k) array of singular values, descending and zero padded, with
+    ``numerical`` without those below the numerical rank: these are rounding.
     """
 
     name: str
@@ -20,6 +21,12 @@ class AdapterFeature:
     definition: str
     finish: Callable[[np.ndarray], np.ndarray]
     source: str
+    low: float | None = 0.0
+    high: float | None = None
+    high_text: str = ""  # where it depends on the adapter
+    null_text: str = ""
+    by_default: bool = True
+    numerical: bool = False
 
 
 def _norm(s: np.ndarray) -> np.ndarray:
@@ -59,6 +66,25 @@ def _energy_rank(share: float) -> Callable[[np.ndarray], np.ndarray]:
     return finish
 
 
+def _effective_rank_of_energy(s: np.ndarray) -> np.ndarray:
+    p = _shares(s, 2)
+    return np.exp(-np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), p).sum(1))
+
+
+def _top_energy(count: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda s: np.minimum(_shares(s, 2)[:, :count].sum(1), 1.0)
+
+
+def _log_volume(s: np.ndarray) -> np.ndarray:
+    kept = s > 0
+    return np.where(kept.any(1), np.log(np.where(kept, s, 1.0)).sum(1), np.nan)
+
+
+def _log_mean(s: np.ndarray) -> np.ndarray:
+    return _log_volume(s) / np.maximum((s > 0).sum(1), 1)
+
+
+_RANK = "rank"
 SPECTRUM = (
     AdapterFeature("norm", "Norm", "Frobenius norm of the update.", _norm, "standard"),
     AdapterFeature(
@@ -71,23 +97,54 @@ SPECTRUM = (
     ),
     AdapterFeature(
         "stable_rank", "Stable rank", "Squared Frobenius over squared spectral norm.",
-        _stable_rank, "standard",
+        _stable_rank, "standard", 1.0, high_text=_RANK,
     ),
     AdapterFeature(
         "effective_rank", "Effective rank",
         "exp of the entropy of sigma / sum sigma (Roy and Vetterli).", _effective_rank,
-        "standard",
+        "standard", 1.0, high_text=_RANK,
     ),
     AdapterFeature(
         "participation", "Participation", "(sum sigma^2)^2 / sum sigma^4.", _participation,
-        "standard",
+        "standard", 1.0, high_text=_RANK,
     ),
     AdapterFeature(
         "energy_rank_90", "90% energy rank",
-        "Singular values that hold 90% of the squared norm.", _energy_rank(0.90), "standard",
+        "Singular values that hold 90% of the squared norm.", _energy_rank(0.90), "standard", 1.0,
+        high_text=_RANK,
     ),
     AdapterFeature(
         "energy_rank_99", "99% energy rank",
-        "Singular values that hold 99% of the squared norm.", _energy_rank(0.99), "standard",
+        "Singular values that hold 99% of the squared norm.", _energy_rank(0.99), "standard", 1.0,
+        high_text=_RANK,
+    ),
+    AdapterFeature(
+        "energy_rank_95", "95% energy rank",
+        "Singular values that hold 95% of the squared norm.", _energy_rank(0.95), "standard", 1.0,
+        high_text=_RANK, by_default=False,
+    ),
+    AdapterFeature(
+        "effective_rank_energy", "Effective rank by energy",
+        "exp of the entropy of sigma^2 / sum sigma^2: effective_rank with the other "
+        "normalisation.", _effective_rank_of_energy, "standard", 1.0, high_text=_RANK,
+        by_default=False,
+    ),
+    *(
+        AdapterFeature(
+            f"energy_top_{k}", f"Energy of the first {k}" if k > 1 else "Energy of the first",
+            f"Share of the squared norm in the {k} largest singular values." if k > 1 else
+            "Share of the squared norm in the largest singular value, 1 / stable_rank.",
+            _top_energy(k), "standard", 0.0, 1.0, by_default=False,
+        )
+        for k in (1, 2, 4, 8)
+    ),
+    AdapterFeature(
+        "log_volume", "Log-volume", "Sum of the logarithms of the singular values, as many as the "
+        "numerical rank.", _log_volume, "standard", None, by_default=False, numerical=True,
+    ),
+    AdapterFeature(
+        "log_sigma_mean", "Mean log singular value", "log_volume over the numerical rank: the "
+        "logarithm of their geometric mean.", _log_mean, "standard", None, by_default=False,
+        numerical=True,
     ),
 )  # fmt: skip

@@ -60,7 +60,7 @@ def _side(side: str) -> tuple[Feature, ...]:
             f"{side}_rv", f"{side.capitalize()} overlap by energy",
             f"Overlap of the {what} weighted by energy (RV coefficient). Needs no rank decision: "
             "weak directions carry no weight.",
-            _rv(rv), (rv,), 0.0, 1.0, None, "",
+            _rv(rv), (rv,), 0.0, 1.0, None, "sqrt(participation_a participation_b) / dimension",
             source="RV coefficient (Robert and Escoufier 1976)", bounded=unit,
         ),
         Feature(

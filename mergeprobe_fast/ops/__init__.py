@@ -1,11 +1,14 @@
 """The primitives on LoRA factors: block Gram (P1), delta tiles (P2) and canonical form (P3).
 
-Checks and dispatch live here, speed in ``csrc`` and ``kernels``; :mod:`.reference` and
-:mod:`.tiles_reference` hold the float64 definitions under the same names.
+Checks and dispatch live here, speed in ``csrc`` and ``kernels``; :mod:`.reference`,
+:mod:`.tiles_reference` and :mod:`.entries_reference` hold the float64 definitions under the same
+names.
 """
 
 from mergeprobe_fast.ops import reference, tiles_reference
+from mergeprobe_fast.ops.angles import singular_values
 from mergeprobe_fast.ops.canonical import canonical
+from mergeprobe_fast.ops.entries import entry_moments, entry_pairs, entry_sizes, sign_conflicts
 from mergeprobe_fast.ops.gram import block_gram
 from mergeprobe_fast.ops.tiles import (
     Norms,
@@ -29,6 +32,9 @@ __all__ = [
     "Sketch",
     "block_gram",
     "canonical",
+    "entry_moments",
+    "entry_pairs",
+    "entry_sizes",
     "magnitude_thresholds",
     "merge_dense",
     "merge_low_rank",
@@ -36,6 +42,8 @@ __all__ = [
     "order_statistics",
     "pruned_norms",
     "reference",
+    "sign_conflicts",
+    "singular_values",
     "stream",
     "tiles_reference",
 ]

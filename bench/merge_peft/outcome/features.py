@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.features import PAIR_FEATURES
 from mergeprobe_fast.io.atomic_file import AtomicFile
 from mergeprobe_fast.io.formats import open_adapter
 from mergeprobe_fast.probes import Probes, find_probes
@@ -29,6 +30,7 @@ NAME = "features.parquet"
 KEYS = ("victim", "partner", "victim_domain", "partner_domain")
 FINAL = "final"
 _TEXT = ("name", "path")  # of an adapter, but no number
+_MORE = ("rank1_fisher",)  # statistics that are not by default, and are of use here
 
 
 def phase(fraction: float) -> str:
@@ -51,9 +53,10 @@ def write_features(run_dir: Path, tier: Tier) -> Path:
     Columns: victim, partner and their domains, then float32 values, null where undefined (a module
     that one of the two lacks, a zero update, a snapshot that is missing or too early): of the
     trained weights ("final:cosine"), and of each snapshot of its training
-    ("at5%:row_overlap"): all features of :func:`mergeprobe_fast.pair_features` and, of both
-    adapters, of :func:`mergeprobe_fast.adapter_features`. In the names, a is the victim and b the
-    partner. What was measured at trained weights (``damage_trained``) is not among the early ones.
+    ("at5%:row_overlap"): the features of :func:`mergeprobe_fast.pair_features` by default, and
+    rank-1 Fishers, and, of both adapters, of :func:`mergeprobe_fast.adapter_features`. In the
+    names, a is the victim and b the partner. What was measured at trained weights
+    (``damage_trained``) is not among the early ones.
 
     The calibration is the largest of the run, the domain of an adapter is its exam, and a run
     without calibration or probes has no such columns. The file's metadata count the adapters of
@@ -157,7 +160,9 @@ def snapshots_at(probes: Probes, names: Sequence[str], fraction: float):
 
 
 def _screened(prefix: str, zoo: Zoo, recorded: Recorded) -> _Phase:
-    found = screen(zoo, "all", recorded=recorded)
+    more = (name for name in PAIR_FEATURES if name.startswith(_MORE))
+    chosen = ["default", *(n for n in more if PAIR_FEATURES[n].missing(recorded) is None)]
+    found = screen(zoo, chosen, recorded=recorded)
     values = {n: found.pairs.matrix(n) for n in found.pairs if n not in ("a", "b")}
     count = len(zoo)
     for name, column in found.adapters.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-SUITES = ("gram", "everyday", "screen", "merge", "operators", "sets", "peers")
+SUITES = ("gram", "everyday", "screen", "merge", "operators", "sets", "entries", "angles", "peers")
 
 
 def load(name: str) -> ModuleType:
