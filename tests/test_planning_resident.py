@@ -219,6 +219,43 @@ def test_what_was_judged_before_is_not_asked_again(rng):
     assert len(again.groups) <= 4
 
 
+def test_far_more_than_there_are_takes_no_memory():
+    judge = HarmJudge(made(4), np.full((4, 4), 0.5), unavailable=NO_INPUTS)
+    assert len(partition(judge, judge.names, resident=10**12).groups) == 4
+
+
+def test_the_least_that_is_said_to_be_is(rng):
+    found = 0
+    for _ in range(20):
+        judge = HashJudge(made(5), int(rng.integers(1 << 30)), low=0.0)
+        costs = Costs(floor=0.85)
+        kept = [g for g in partitions(range(5)) if math.isfinite(dense_cost(judge, g, costs, ALL))]
+        least = min(map(len, kept))
+        try:
+            partition(judge, judge.names, costs, resident=1, costly=12)
+        except InputError as error:
+            said = error.reason.split("; ")[1]
+            if said.startswith("the least is"):
+                assert said == f"the least is {least}"
+            else:  # not all merges could be tried
+                assert int(said.removeprefix("the least that was found is ")) >= least
+                found += 1
+    assert found
+
+
+@pytest.mark.parametrize("exact_up_to", [12, 0])
+def test_a_limit_that_does_not_bind_leaves_no_question_unasked(rng, exact_up_to):
+    unproven = 0
+    for _ in range(8):
+        judge = HashJudge(made(8), int(rng.integers(1 << 30)), low=0.0)
+        found = partition(judge, judge.names, Costs(floor=0.6), costly=20, resident=8,
+                          exact_up_to=exact_up_to)  # fmt: skip
+        if not found.proven:
+            unproven += 1
+            assert found.book.asked["prune"] + found.book.asked["regmean"] > 10
+    assert unproven
+
+
 @pytest.mark.parametrize("k", [0, -1, 1.5, True])
 def test_a_number_of_residents_that_is_none_is_refused(k):
     with pytest.raises(InputError, match="resident: must be a positive integer"):

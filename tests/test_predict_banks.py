@@ -6,9 +6,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from made_merges import LINEAR
 
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.predict import read_banks, read_labels
+from mergeprobe_fast.predict import fit, read_banks, read_labels
+from mergeprobe_fast.predict.evaluate import evaluate_model
 
 
 def bank(path, rng, names, sizes, column, base="m", **more):
@@ -61,6 +63,26 @@ def test_one_file_is_itself(tmp_path, rng):
     assert read_banks([path]).digest == read_labels(path).digest
 
 
+def test_labels_that_are_given_twice_are_refused(tmp_path, rng):
+    one = bank(tmp_path / "one.parquet", rng, ["a", "b", "c"], [2, 2], "x")
+    copy = tmp_path / "copy.parquet"
+    copy.write_bytes(one.read_bytes())
+    with pytest.raises(InputError, match=r"holds the same labels as .*one\.parquet") as error:
+        read_banks([one, copy])
+    assert error.value.path == str(copy)
+
+
+def test_a_model_knows_every_file_it_was_fitted_on(tmp_path, rng):
+    each = [bank(tmp_path / f"{n}.parquet", rng, ["a", "b", "c", "d"], [2] * 40, "change_cosine")
+            for n in ("one", "two", "other")]  # fmt: skip
+    model = fit(read_banks(each[:2]), recipe=LINEAR)
+    for paths, same in (
+        ([0, 1], True), ([1, 0], True), ([1], True), ([2, 0], True), ([2], False),
+    ):  # fmt: skip
+        found = evaluate_model(model, read_banks([each[i] for i in paths]), resamples=2)
+        assert found["same_labels"] is same
+
+
 def test_an_adapter_that_files_tell_differently_is_refused(tmp_path, rng):
     one = bank(tmp_path / "1.parquet", rng, ["a1", "a2"], [2], "x")
     two = bank(tmp_path / "2.parquet", rng, ["a1", "b1"], [2], "x", train_lr=0.5)
@@ -87,5 +109,5 @@ def test_feature_files_belong_to_label_files_in_their_order(tmp_path, rng):
         beside.append(tmp_path / f"{k}.features.parquet")
         pyarrow.parquet.write_table(table, beside[-1])
     assert read_banks(paths, features=beside).columns["error"].tolist() == [0, 0, 1, 1]
-    with pytest.raises(InputError, match="1 files for 2 of labels"):
+    with pytest.raises(InputError, match="2 files of labels and 1 of columns"):
         read_banks(paths, features=beside[:1])

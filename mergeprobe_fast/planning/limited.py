@@ -48,9 +48,10 @@ def limited(
         InputError: no such partition is known to be allowed; says the least that is.
     """
     asked = book.costs.floor or NOTHING  # 0 and None ask for none
+    most = min(most, count)
     if exact:
         groups, proven = _best(book, count, most)
-    elif most >= count:
+    elif most == count:
         groups, proven = [(i,) for i in range(count)], False
     else:
         search = Search(book, count, lambda _: None)
@@ -62,7 +63,7 @@ def limited(
             book.effort += kept_back
     kept = min(map(book.kept, groups), default=1.0)
     if kept < max(asked, NOTHING):
-        raise _refused(book, count, most, groups, asked, exact, names)
+        raise _refused(book, count, most, groups, asked, exact, proven, names)
     floor = kept if asked == NOTHING else asked
     left = book.costly_left if exact else 0
     book = book.with_costs(book.costs, effort=book.effort, costly=left, floor=floor)
@@ -173,16 +174,19 @@ def _solve(worth: np.ndarray, sets: list[Set], most: int, combine: np.ufunc) -> 
 
 def _refused(
     book: Book, count: int, most: int, groups: Sequence[Set], asked: float, exact: bool,
-    names: Sequence[str],
+    proven: bool, names: Sequence[str],
 ) -> InputError:  # fmt: skip
     """What is missing for so few groups, and with how many it would be there."""
     floor = max(asked, NOTHING)
-    book = book.with_costs(book.costs, effort=book.effort, costly=0, floor=floor)
+    left = book.costly_left if exact else 0
+    book = book.with_costs(book.costs, effort=book.effort, costly=left, floor=floor)
     short = min(groups, key=book.kept)
     kept, verdict = book.kept(short), book.closest(short)
-    if kept >= NOTHING:
+    known = kept >= NOTHING
+    if known:
         at = int(np.argmin(verdict.low if book.costs.floor_on == "low" else verdict.retention))
-        why = (f"{names[short[at]]} would keep {share(kept)} at best, and the floor is "
+        best = "at best" if proven else "in the best that was found"
+        why = (f"{names[short[at]]} would keep {share(kept)} {best}, and the floor is "
                f"{share(asked)}")  # fmt: skip
     elif verdict is None:
         why = "nothing was judged"
@@ -193,14 +197,16 @@ def _refused(
         hit = hit[:3] + [f"{len(hit) - 3} more"] * (len(hit) > 3)
         why = f"no prediction for {list_of(hit)} in the best of them, {what}"
     if exact:
-        sets = subsets(count)
-        worst = np.array([-1.0, *(-book.kept(s) for s in sets[1:])])
-        least = next(n for n in range(most, count + 1) if min(
-            map(book.kept, _solve(worst, sets, n, np.maximum))) >= floor)  # fmt: skip
+        least = most
+        while kept < floor:  # each one as it is keeps all
+            least += 1
+            groups, too = _best(book, count, least)
+            kept = min(map(book.kept, groups))
+            proven = proven and (too or kept >= floor)
     else:
-        least = len(Search(book, count, lambda _: None).best(groups))
-    more = "" if kept >= NOTHING else "; a floor of 0 takes predictions as they are"
+        proven, least = False, len(Search(book, count, lambda _: None).best(groups))
+    more = "" if known else "; a floor of 0 takes predictions as they are"
     return InputError(
-        f"no plan with {most} or fewer: {why}; the least {'is' if exact else 'that was found is'} "
+        f"no plan with {most} or fewer: {why}; the least {'is' if proven else 'that was found is'} "
         f"{least}{more}", key="resident",
     )  # fmt: skip

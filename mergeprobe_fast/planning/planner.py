@@ -117,9 +117,17 @@ def partition(
         groups, proven = [], False
     elif small:
         groups, proven = best_partition(found, count)
+        if resident is not None and not proven and len(groups) <= resident:
+            found.costly_left += costly  # the other half; may end in more groups, see below
+            groups, proven = best_partition(found, count)
+            costly = found.costly_left
     else:
         search = Search(found, count, improved)
         groups = search.with_costly(search.best(start))
+        if resident is not None and len(groups) <= resident:
+            found.costly_left += costly
+            again = search.with_costly(groups)
+            groups = again if len(again) <= resident else groups
         proven = search.proven(groups)
     if count and resident is not None and not 0 < len(groups) <= resident:
         ranked = [names[i] for i in order]

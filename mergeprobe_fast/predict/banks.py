@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 
@@ -28,11 +27,11 @@ def read_banks(
         features: none, or a file for each of ``paths``.
 
     Raises:
-        InputError: what ``read_labels`` says; a number of feature files that is neither; files that
-            say different things of one adapter.
+        InputError: what ``read_labels`` says; a number of feature files that is neither; a file
+            that is given twice; files that say different things of one adapter.
     """
     if features and len(features) != len(paths):
-        reason = f"{len(features)} files for {len(paths)} of labels; give one for each, in order"
+        reason = f"{len(paths)} files of labels and {len(features)} of columns; give one for each, in order"
         raise InputError(reason, key="features")
     found = [
         read_labels(path, target=target, operators=operators, features=beside, at=at)
@@ -42,6 +41,11 @@ def read_banks(
 
 
 def _together(found: Sequence[Labels], paths: Sequence[str | os.PathLike[str]]) -> Labels:
+    digests = [labels.digest for labels in found]
+    for k, digest in enumerate(digests):
+        if digest in digests[:k]:  # each label twice would look like two measurements
+            reason = f"holds the same labels as {paths[digests.index(digest)]}"
+            raise InputError(reason, path=paths[k], key="labels")
     known: dict[str, Adapter] = {}
     for labels, path in zip(found, paths, strict=True):
         for adapter in labels.adapters:
@@ -68,7 +72,7 @@ def _together(found: Sequence[Labels], paths: Sequence[str | os.PathLike[str]]) 
         if any(labels.weights is not None for labels in found) else None,
         *(tuple(sorted({v for labels in found for v in getattr(labels, n)}))
           for n in ("bases", "fingerprints")),
-        hashlib.sha256("".join(labels.digest for labels in found).encode()).hexdigest(),
+        " ".join(sorted(digests)),
         np.concatenate([np.full(len(labels), None, object) if labels.methods is None
                         else labels.methods for labels in found]),
     )  # fmt: skip

@@ -57,7 +57,7 @@ class Labels:
         weights: (n, widest) of the members in the order of ``members``; None: unknown.
         bases: names of the base models they were measured on; none: unknown.
         fingerprints: of the configurations of those bases, as calibrations have them.
-        digest: of the file they came from.
+        digest: SHA-256 of the file they came from; of several in ascending order, with spaces.
         methods: how to make the merge: a name of ``mergeprobe_fast.MERGE_METHODS``; None: unknown.
     """
 

@@ -52,7 +52,7 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
                 console.print(_table(split, scores, view))
     if evaluation.get("same_labels"):
         console.print()
-        console.print(Text("The model was fitted on these very labels: its scores mean nothing.",
+        console.print(Text("The model was fitted on these labels, or some of them: its scores mean nothing.",
                            style="yellow"))  # fmt: skip
 
 
