@@ -336,14 +336,15 @@ void small_singular_values(const T* x, i64 count, i64 m, i64 n, double* out,
   const AngleKernels& k = *kernels.angles;
   const i64 lanes = k.lanes, few = std::min(m, n), many = m + n - few;
   const i64 batch = lanes * kAngleGroups, size = many * few * lanes;
+  const i64 spare = few * (few + kAngleGroups + 2) * lanes;
   std::vector<Buffer<double>> work(static_cast<std::size_t>(std::max(1, threads)));
   parallel_for((count + batch - 1) / batch, threads, [&](i64 task, int worker) {
     const i64 first = task * batch, here = std::min(batch, count - first);
     const i64 groups = (here + lanes - 1) / lanes;
     Buffer<double>& w = work[worker];
-    w.reserve(groups * (size + (few + 1) * lanes) + k.scratch(many, few));
+    w.reserve(groups * (size + (few + 1) * lanes) + spare);
     double *const packed = w.data(), *const values = packed + groups * size;
-    double* const top = values + groups * few * lanes + k.scratch(many, few);
+    double* const top = values + groups * few * lanes + spare;
     std::vector<const T*> from(static_cast<std::size_t>(lanes));
     for (i64 g = 0; g < groups; g++) {
       for (i64 lane = 0; lane < lanes; lane++)

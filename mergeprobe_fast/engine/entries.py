@@ -42,8 +42,8 @@ class Looking:
 
     ``entries``: about how many of each adapter, over all modules of the zoo and in proportion to
     their sizes (at least FEWEST of each module); None: all. ``density``: share of the entries of a
-    module that are top. ``seed``: which sample; it is the same for all adapters, and does not
-    depend on which adapters there are.
+    module that are top. ``seed``: which sample; it is the same for all adapters, and depends on
+    which there are only by the modules that the zoo has.
     """
 
     entries: int | None = None
@@ -55,20 +55,31 @@ class Looking:
         whole = isinstance(entries, (int, np.integer)) and not isinstance(entries, bool)
         if entries is not None and not (whole and entries > 0):
             raise InputError(f"expected a positive integer or None, got {entries!r}", key="entries")
-        if not 0 < self.density <= 1:
+        number = isinstance(self.density, (int, float, np.integer, np.floating))
+        if not (number and 0 < self.density <= 1):
             raise InputError(f"expected above 0, at most 1, got {self.density!r}", key="density")
-        if not (isinstance(self.seed, (int, np.integer)) and 0 <= self.seed < 2**64):
+        whole = isinstance(self.seed, (int, np.integer)) and not isinstance(self.seed, bool)
+        if not (whole and 0 <= self.seed < 2**64):
             raise InputError(f"must be an integer in [0, 2^64), got {self.seed!r}", key="seed")
 
-    def sample(self, zoo: Zoo, module: Module) -> Sample | None:
+    def wanted(self, module: Module, total: int) -> int:
+        """Of a module of a zoo with ``total`` (:func:`total_entries`); may be more than it has."""
+        size = module.d_out * module.d_in
+        if self.entries is None:
+            return size
+        return max(FEWEST, int(np.ceil(self.entries * (size / total))))
+
+    def sample(self, module: Module, total: int) -> Sample | None:
         """The entries of a module, None for all."""
         if self.entries is None:
             return None
-        size = module.d_out * module.d_in
-        share = size / sum(m.d_out * m.d_in for m in zoo.modules)
-        wanted = max(FEWEST, int(np.ceil(self.entries * share)))
-        name = stream("entries", module.name)
+        wanted, name = self.wanted(module, total), stream("entries", module.name)
         return Sample.draw(module.d_out, module.d_in, wanted, int(self.seed), name)
+
+
+def total_entries(zoo: Zoo) -> int:
+    """Entries of all modules of a zoo."""
+    return sum(m.d_out * m.d_in for m in zoo.modules)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +97,9 @@ class OfAdapters:
     top: np.ndarray
     top_squares: np.ndarray
     modules: np.ndarray  # how many
-    kurtosis: np.ndarray  # sum over modules
-    thresholds: np.ndarray  # modules that have a threshold: some have too few entries
+    seen: np.ndarray  # modules of whose entries that were looked at some are not 0
+    kurtosis: np.ndarray  # sum over those
+    thresholds: np.ndarray  # those that have a threshold: some have too few entries
     threshold: np.ndarray  # sum over those, each over the root mean square of its entries
     looked_at: np.ndarray  # entries that were looked at
 
@@ -122,7 +134,7 @@ def entry_sums(zoo: Zoo, looking: Looking, *, threads: int | None = None) -> Ent
     """Sums over the entries of every adapter and of every pair of a zoo.
 
     Thresholds of top entries are those of each module. Results do not depend on the number of
-    threads, and those of a pair not on which other adapters there are.
+    threads, and those of a pair on other adapters only where a sample does (:class:`Looking`).
 
     Memory: two chunks of ``passes.CHUNK_BYTES``, the factors of one module in float32, 192 MiB of
     partial sums at most, and 9 N^2 numbers.
@@ -133,33 +145,36 @@ def entry_sums(zoo: Zoo, looking: Looking, *, threads: int | None = None) -> Ent
     """
     threads = _env.threads_or_default(threads)
     n = len(zoo)
-    adapters = OfAdapters(*np.zeros((12, n)))
+    adapters = OfAdapters(*np.zeros((13, n)))
     pairs = OfPairs(*np.zeros((9, n, n)))
+    total = total_entries(zoo)
     for raw in read_ahead(zoo, plan_chunks(zoo, np.arange(n), passes.CHUNK_BYTES), threads):
-        for module in _modules(raw, looking, threads):
+        for module in _modules(raw, looking, total, threads):
             module.add(adapters, pairs)
     return EntrySums(adapters, pairs)
 
 
-def _modules(raw: RawChunk, looking: Looking, threads: int) -> Iterator[_Module]:
+def _modules(raw: RawChunk, looking: Looking, total: int, threads: int) -> Iterator[_Module]:
     segments = raw.fill(np.zeros(len(raw.entries), SEGMENT))
     segments["scale"] = raw.entries["scale"]
     place = raw.entries["module"] - raw.chunk.first
     bounds = np.searchsorted(place, np.arange(raw.chunk.last - raw.chunk.first + 1))
     for k in range(len(bounds) - 1):
         if bounds[k + 1] > bounds[k]:
-            yield _Module(raw, np.arange(*bounds[k : k + 2]), segments, looking, threads)
+            rows = np.arange(*bounds[k : k + 2])
+            yield _Module(raw, rows, segments, looking, total, threads)
 
 
 class _Module:
     """One module: its deltas that are not zero, in units in which their entries are about 1."""
 
     def __init__(
-        self, raw: RawChunk, rows: np.ndarray, segments: np.ndarray, looking: Looking, threads: int
-    ) -> None:
+        self, raw: RawChunk, rows: np.ndarray, segments: np.ndarray, looking: Looking, total: int,
+        threads: int,
+    ) -> None:  # fmt: skip
         self._raw, self._threads = raw, threads
         self._module = raw.zoo.modules[int(raw.entries["module"][rows[0]])]
-        self._sample = looking.sample(raw.zoo, self._module)
+        self._sample = looking.sample(self._module, total)
         self._rows, self._segments = rows, segments[rows]
         self._sizes = self._call(entry_sizes)
         self._keep(self._sizes > 0)
@@ -167,7 +182,9 @@ class _Module:
             return
         root = np.sqrt(self._module.d_out * self._module.d_in)
         # In such units a fourth power neither over- nor underflows; powers of 2 change no digit.
-        self._unit = np.frexp(self._sizes / root)[1]
+        # The scale must fit float32; entries that it cannot lift from below 1e-38 are next to 0.
+        least = np.frexp(self._segments["scale"])[1] - 127
+        self._unit = np.maximum(np.frexp(self._sizes / root)[1], least)
         self._segments["scale"] = np.ldexp(self._segments["scale"], -self._unit)
         self.moments: Moments = self._call(entry_moments, looking.density, sample=self._sample)
         energy = np.ldexp(self.moments.squares * self._factor(), 2 * self._unit)
@@ -201,8 +218,21 @@ class _Module:
             reason = f"{error.side} holds NaN or infinite values".split(" ", 1)[1]
             raise InputError(reason, path=factor.file.path, key=factor.key) from None
         except InputError as error:
+            for i in chosen:
+                if self._overflows(i):
+                    adapter, name = self._raw.names(int(self._rows[i]))
+                    raise InputError(error.reason, path=adapter.path, key=name) from None
             reason = f"{self._module.name}: {error.reason}"
             raise InputError(reason, path=self._raw.zoo.root) from None
+
+    def _overflows(self, i: int) -> bool:
+        segments = self._segments[i : i + 1]
+        deltas = Deltas(segments, self._module.d_out, self._module.d_in, self._raw.buffer)
+        try:
+            entry_moments(deltas, sample=self._sample, threads=self._threads)
+        except InputError:
+            return True
+        return False
 
     def _is_zero(self, i: int) -> bool:
         """Whether a delta is below the rounding of its factors."""
@@ -228,8 +258,10 @@ class _Module:
         adapters.looked_at[who] += m.entries
         adapters.modules[who] += 1
         with np.errstate(divide="ignore", invalid="ignore"):
-            adapters.kurtosis[who] += m.entries * m.fourths / m.squares**2
+            kurtosis = m.entries * m.fourths / m.squares**2
             relative = m.threshold / np.sqrt(m.squares / m.entries)
+        adapters.seen[who] += m.squares > 0
+        adapters.kurtosis[who] += np.where(m.squares > 0, kurtosis, 0.0)
         adapters.thresholds[who] += np.isfinite(relative)
         adapters.threshold[who] += np.where(np.isfinite(relative), relative, 0.0)
         block = who // BLOCK

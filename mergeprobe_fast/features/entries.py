@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from mergeprobe_fast.engine.entries import EntrySums, Looking, entry_sums
+from mergeprobe_fast.engine.entries import EntrySums, Looking, entry_sums, total_entries
+from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.features.declare import AdapterColumn, Family, PairColumn, ratio
 from mergeprobe_fast.features.twins import directed
 from mergeprobe_fast.recorded import Recorded
@@ -114,15 +115,16 @@ def _declared(density: float) -> tuple[PairColumn, ...]:
             "opposed_mass", "Mass of {a} opposed by {b}",
             "Share of the sum of |w_{a}| in entries where {b} has the opposite sign.",
             _opposed, low=0.0, high=1.0, null=0.5, null_text="1/2 where they share all modules",
-            source="ours",
+            source="ours", bounded=unit,
         ),
         PairColumn(
             "l1_cancellation", "Cancellation",
             "1 - |W_a + W_b|_1 / (|W_a|_1 + |W_b|_1), the sums of the entries' magnitudes: what "
             "adding the two loses. The smaller entry of each conflict, twice.",
             _cancellation, *unit, None,
-            "1 - sqrt(1 + q^2) / (1 + q), q the ratio of the norms: 0.293 for equal ones",
-            source="standard",
+            "1 - sqrt(1 + q^2) / (1 + q) for Gaussian entries, q the ratio of the norms: 0.293 for "
+            "equal ones; less for heavy tails",
+            source="standard", bounded=unit,
         ),
         PairColumn(
             "ties_overlap", "Overlap of the largest entries",
@@ -141,7 +143,7 @@ def _declared(density: float) -> tuple[PairColumn, ...]:
             "magnitude_colocation", "Co-location of magnitudes",
             "Cosine of the two updates' squared entries: 1 where both put their magnitude into "
             "the same weights, whatever the signs.",
-            _colocation, *unit, 1 / 3, "1/3 for Gaussian entries; 1 / entry_kurtosis for others",
+            _colocation, *unit, None, "1 / entry_kurtosis: 1/3 for Gaussian entries",
             bounded=unit, source="ours",
         ),
     )  # fmt: skip
@@ -152,37 +154,37 @@ def _adapter_columns(density: float) -> tuple[AdapterColumn, ...]:
     return (
         AdapterColumn(
             "l1_norm", "L1 norm", "Sum of the magnitudes of all entries.",
-            lambda s: np.where(s.adapters.modules > 0, s.adapters.l1, 0.0), "standard",
+            lambda s: np.where(s.adapters.modules > 0, s.adapters.l1, 0.0), "standard", 0.0,
         ),
         AdapterColumn(
             "entry_kurtosis", "Kurtosis of entries",
             "n sum w^4 / (sum w^2)^2 over all n entries of the modules it has: 1 where all are as "
             "large, 3 for Gaussian entries of one size.",
             lambda s: ratio(s.adapters.fourths * s.adapters.entries, s.adapters.squares**2),
-            "standard",
+            "standard", 1.0,
         ),
         AdapterColumn(
             "entry_kurtosis.mean", "Kurtosis of entries within modules",
             "Mean over modules of each one's kurtosis: 3 for Gaussian entries, 3 (1 + 2 / r) for "
             "Gaussian factors of rank r, but for rows and columns of different sizes.",
-            lambda s: ratio(s.adapters.kurtosis, s.adapters.modules), "standard",
+            lambda s: ratio(s.adapters.kurtosis, s.adapters.seen), "standard", 1.0,
         ),
         AdapterColumn(
             "zero_share", "Share of zeros", "Share of the entries that are exactly 0.",
-            lambda s: ratio(s.adapters.zeros, s.adapters.entries), "standard",
+            lambda s: ratio(s.adapters.zeros, s.adapters.entries), "standard", 0.0, 1.0,
         ),
         AdapterColumn(
             "top_energy", f"Energy of the top {share}",
             f"Share of the squared norm in the top {share} entries of each module by magnitude.",
             lambda s: ratio(s.adapters.top_squares, s.adapters.squares),
-            "TIES (Yadav et al. 2023)",
+            "TIES (Yadav et al. 2023)", 0.0, 1.0,
         ),
         AdapterColumn(
             "top_threshold", f"Threshold of the top {share}",
             f"Mean over modules of the smallest of the top {share} magnitudes, over the root mean "
             "square of the module's entries.",
             lambda s: ratio(s.adapters.threshold, s.adapters.thresholds),
-            "TIES (Yadav et al. 2023)",
+            "TIES (Yadav et al. 2023)", 0.0,
         ),
     )  # fmt: skip
 
@@ -194,12 +196,11 @@ _PACK, _PAIR = 450, 5
 
 def _work(looking: Looking) -> Callable[[Zoo], float]:
     def work(zoo: Zoo) -> float:
-        total = 0.0
+        total, entries_there = 0.0, total_entries(zoo)
         entries = zoo.table.entries
         for k, module in enumerate(zoo.modules):
             here = entries["rank"][slice(*zoo.table.module_bounds[k : k + 2])]
-            sample = looking.sample(zoo, module)
-            size = module.d_out * module.d_in if sample is None else 128 * sample.tiles
+            size = min(module.d_out * module.d_in, looking.wanted(module, entries_there))
             pairs = len(here) * (len(here) - 1) / 2
             total += size * (2 * here.sum() + _PAIR * pairs)
             total += _PACK * here.sum() * (module.d_out + module.d_in)
@@ -222,7 +223,9 @@ def entry_features(
     Raises:
         InputError: arguments out of range.
     """
-    looking = Looking(None if entries == "exact" else entries, float(density), seed)
+    if entries is None or (isinstance(entries, str) and entries != "exact"):
+        raise InputError(f'expected "exact" or a positive integer, got {entries!r}', key="entries")
+    looking = Looking(None if entries == "exact" else entries, density, seed)
 
     def compute(zoo: Zoo, recorded: Recorded, threads: int) -> EntrySums:
         return entry_sums(zoo, looking, threads=threads)

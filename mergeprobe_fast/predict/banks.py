@@ -31,8 +31,8 @@ def read_banks(
             that is given twice; files that say different things of one adapter.
     """
     if features and len(features) != len(paths):
-        reason = f"{len(paths)} files of labels and {len(features)} of columns; give one for each, in order"
-        raise InputError(reason, key="features")
+        reason = f"{len(paths)} files of labels and {len(features)} of columns; give one for each"
+        raise InputError(f"{reason}, in order", key="features")
     found = [
         read_labels(path, target=target, operators=operators, features=beside, at=at)
         for path, beside in zip(paths, features or [None] * len(paths), strict=True)

@@ -52,8 +52,8 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
                 console.print(_table(split, scores, view))
     if evaluation.get("same_labels"):
         console.print()
-        console.print(Text("The model was fitted on these labels, or some of them: its scores mean nothing.",
-                           style="yellow"))  # fmt: skip
+        console.print(Text("The model was fitted on these labels, or on some of them: its scores "
+                           "mean nothing.", style="yellow"))  # fmt: skip
 
 
 def _table(split: str, scores: Mapping[str, Any], view: View) -> Any:

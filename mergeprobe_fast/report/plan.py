@@ -69,7 +69,7 @@ def against(plan: Plan) -> str:
 def certainty(plan: Plan) -> str:
     """How far the plan can be trusted."""
     most = plan.resident
-    few = "" if most is None else " of one adapter" if most == 1 else f" of {most} adapters or fewer"
+    few = "" if most is None else f" of {most} adapters or fewer" if most > 1 else " of one adapter"
     better = f"no other plan{few} {'keeps more at worst' if plan.highest else 'costs less'}"
     searched = better if plan.proven else f"the best found{few}, not proven"
     asked = [f"{n:,} for {a}" for a, n in plan.judged.items() if n]

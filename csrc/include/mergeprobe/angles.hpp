@@ -104,7 +104,7 @@ struct AngleKernels {
   void (*pack32)(const float* const* from, i64 count, double* to, double* top);
   void (*pack64)(const double* const* from, i64 count, double* to, double* top);
   // x: m x n, `groups` of them, at most kAngleGroups; squares: min(m, n) each, descending.
-  // scratch(m, n) values of scratch.
+  // scratch: k (k + kAngleGroups + 2) values a lane, k the smaller of m and n.
   void (*squares)(i64 m, i64 n, i64 groups, const double* x, double* scratch, double* squares);
 };
 
