@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-SUITES = ("gram", "everyday", "screen", "merge", "operators", "sets", "entries", "angles", "peers")
+SUITES = (
+    "gram", "everyday", "screen", "merge", "operators", "sets", "entries", "angles", "metrics",
+    "peers",
+)  # fmt: skip
 HERE = Path(__file__).resolve().parent
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-SUITES = ("gram", "everyday", "screen", "merge", "operators", "sets", "entries", "angles", "peers")
+SUITES = (
+    "gram", "everyday", "screen", "merge", "operators", "sets", "entries", "angles", "metrics",
+    "peers",
+)  # fmt: skip
 
 
 def load(name: str) -> ModuleType:

@@ -27,6 +27,7 @@ from mergeprobe_fast.screening import screen
 
 GRADIENCE = PEERS_PYTHON.with_name("gradience")
 AUDIT, AUDIT32 = "gradience merge-audit", "gradience merge-audit --compute-dtype float32"
+ALL = "screen --features all"
 SENTRY = "adaptersentry compute_core + delta_inner"
 ZOO = 25
 
@@ -39,8 +40,10 @@ def cases(quick: bool) -> list[Case]:
     if not with_gradience:
         print(f"peers: {GRADIENCE} does not exist; gradience is left out", file=sys.stderr)
     pair = [Variant(OURS, time_target=Target(1.5, False), note="mergeprobe-fast screen: every "
-                    "feature, tables, HTML report")]  # fmt: skip
+                    "default feature, tables, HTML report")]  # fmt: skip
     zoo = [Variant(OURS, time_target=Target(2, False), note=f"mergeprobe-fast screen of {ZOO}")]
+    for variants in (pair, zoo):
+        variants.append(Variant(ALL, compare=False, note="the same with every statistic"))
     if with_gradience:
         pair.append(Variant(AUDIT, "gradience", note="its default, float64"))
         if not quick:
@@ -72,11 +75,18 @@ def _processes(count: int, shapes: Shapes, rank: int, names: list[str]) -> Itera
     with temporary_folder() as root:
         paths = write_zoo(root / "zoo", count, shapes, rank)
         out = root / "screened"
-        screening = [sys.executable, "-m", "mergeprobe_fast", "screen", root / "zoo", "--out", out,
-                     "--overwrite", "--json"]  # fmt: skip
+        every = root / "screened_all"
+        screening, all_of_it = (
+            [sys.executable, "-m", "mergeprobe_fast", "screen", root / "zoo", "--out", to,
+             "--features", features, "--overwrite", "--json"]
+            for to, features in ((out, "default"), (every, "all"))
+        )  # fmt: skip
         audit = [GRADIENCE, "merge-audit", "--adapter-a", paths[0], "--adapter-b", paths[1],
                  "--output-dir"]  # fmt: skip
-        run: dict[str, Callable[[], object]] = {OURS: lambda: timed_process(screening)}
+        run: dict[str, Callable[[], object]] = {
+            OURS: lambda: timed_process(screening),
+            ALL: lambda: timed_process(all_of_it),
+        }
         if AUDIT in names:
             run[AUDIT] = lambda: timed_process([*audit, root / "audit"], cwd=root)
         if AUDIT32 in names:
@@ -86,9 +96,10 @@ def _processes(count: int, shapes: Shapes, rank: int, names: list[str]) -> Itera
 
         def finish(results, medians) -> list[Fact]:
             table = pq.read_table(out / "adapters.parquet").to_pydict()
-            pairs = pq.read_table(out / "pairs.parquet")
-            assert pairs.num_rows == count * (count - 1) // 2
             facts = []
+            for folder in (out, every):
+                pairs = pq.read_table(folder / "pairs.parquet")
+                assert pairs.num_rows == count * (count - 1) // 2
             for name, folder, tolerance in ((AUDIT, "audit", 1e-6), (AUDIT32, "audit32", 1e-4)):
                 if name in names:
                     worst = _against_audit(table, root / folder)
@@ -96,8 +107,8 @@ def _processes(count: int, shapes: Shapes, rank: int, names: list[str]) -> Itera
                     facts.append(Fact(f"norms and stable ranks, difference from {name}", worst,
                                       "relative", peer="gradience"))  # fmt: skip
             for name in names:
-                peer = OURS if name == OURS else "gradience"
-                run_of = f"{name}, one audit" if name != OURS else name
+                ours = name in (OURS, ALL)
+                peer, run_of = (OURS, name) if ours else ("gradience", f"{name}, one audit")
                 facts += [
                     Fact(f"peak RSS, {run_of}", results[name].peak_rss / 1e6, "MB", peer=peer),
                     Fact(f"CPU time, both cores, {run_of}", results[name].cpu, "s", peer=peer),
