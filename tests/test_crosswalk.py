@@ -279,11 +279,13 @@ def test_bottom_k_beyond_the_rank_is_arbitrary(rng, tmp_path):
         right = [np.linalg.svd(x, full_matrices=False)[2][-k:] for x in (v, w)]
         return np.linalg.norm(right[0] @ right[1].T) / math.sqrt(k)
 
-    again = [w * (1 + 1e-15 * rng.standard_normal(w.shape)) for w in deltas]
-    assert abs(theirs(*deltas) - theirs(*again)) > 1e-3
-    offered = [paper_subspaces([d])["right_subspace_overlap_bottom_k"] for d in
-               (tuple(deltas), tuple(again))]  # fmt: skip
-    assert offered[0] == pytest.approx(offered[1], abs=1e-12)
+    # By chance one rounding may give nearly the same number.
+    again = [tuple(w * (1 + 1e-15 * rng.standard_normal(w.shape)) for w in deltas)
+             for _ in range(8)]  # fmt: skip
+    assert max(abs(theirs(*deltas) - theirs(*d)) for d in again) > 1e-3
+    offered = [paper_subspaces([d])["right_subspace_overlap_bottom_k"]
+               for d in (tuple(deltas), *again)]  # fmt: skip
+    assert offered == pytest.approx([offered[0]] * len(offered), abs=1e-11)
 
 
 def test_groups_stand_in_lists_and_bring_no_name_twice():
