@@ -255,14 +255,14 @@ def test_nulls_of_flat_spectra(rng, tmp_path):
     root = math.sqrt(d_out * d_in)
     # Of 120 pairs; what is said for d much larger than k, square matrices of k Gaussian columns.
     for name, value, within in (
-        ("row_cosine_mean", 0.85 * math.sqrt(k / d_in), 0.05),
+        ("row_cosine_mean", 0.85 * math.sqrt(k / d_in), 0.08),
         ("row_cosine_largest", 0.9 * 2 * math.sqrt(k / d_in), 0.1),
         ("row_geodesic", math.sqrt(k) * math.pi / 2, 0.1),
         ("row_procrustes", math.sqrt(2 * k), 0.1),
         ("row_martin", math.log(d_in / k) + 1, 0.1),
-        ("col_aligned_cosine", 0.85 * math.sqrt(k / d_out), 0.05),
-        ("task_interference", 0.77 * k**1.5 / root, 0.05),
-        ("task_interference_square", k / root, 0.05),
+        ("col_aligned_cosine", 0.85 * math.sqrt(k / d_out), 0.08),
+        ("task_interference", 0.77 * k**1.5 / root, 0.1),
+        ("task_interference_square", k / root, 0.12),
         ("spectral_gain", 1.13, 0.05),
         ("nuclear_gain", 2, 0.05),
         ("col_binet_cauchy", 1, 1e-6),
