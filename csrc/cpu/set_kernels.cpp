@@ -4,40 +4,15 @@
 
 #include <cmath>
 
-#include "simd.hpp"
+#include "lanes.hpp"
 
 namespace mergeprobe {
 namespace {
 
-using V = vec_t<double>;
-constexpr i64 W = Lanes<double>::count;
 constexpr int kSweeps = 30;  // of Jacobi's method; 6 to 8 are usual
 constexpr int kSteps = 60;   // of the interior point method; 4 to 16 are usual
 
-MP_INLINE V constant(double x) { return broadcast<double>(x); }
-MP_INLINE V root(V x) {
-  for (i64 l = 0; l < W; l++) x[l] = std::sqrt(x[l]);
-  return x;
-}
-// a where x > y, else b.
-MP_INLINE V above(const V& x, const V& y, const V& a, const V& b) {
-#if defined(__GNUC__) || defined(__clang__)
-  return x > y ? a : b;
-#else
-  V r = b;
-  for (i64 l = 0; l < W; l++)
-    if (x[l] > y[l]) r[l] = a[l];
-  return r;
-#endif
-}
-MP_INLINE V larger(const V& x, const V& y) { return above(x, y, x, y); }
-MP_INLINE bool any_positive(const V& x) {
-  bool any = false;
-  for (i64 l = 0; l < W; l++) any |= x[l] > 0;
-  return any;
-}
-MP_INLINE V get(const double* p, i64 i) { return load(p + i * W); }
-MP_INLINE void put(double* p, i64 i, const V& x) { store(p + i * W, x); }
+MP_INLINE bool any_positive(const V& x) { return any_above(x, constant(0)); }
 
 // Cyclic Jacobi on the upper triangle. A lane that has converged is rotated by nothing.
 void eigenvalues(i64 k, double* a) {
