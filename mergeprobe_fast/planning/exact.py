@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mergeprobe_fast.planning.book import Book, Exhausted, Set
@@ -26,8 +28,21 @@ def best_partition(book: Book, count: int) -> tuple[list[Set], bool]:
     masks = {s: mask for mask, s in enumerate(sets)}
     _ask_the_likely(book, sets, known, masks)
     credit = np.array([0, *(_credit(book, s) for s in sets[1:])], np.int64)
+    return without_credit(book, sets, known, credit, lambda prices: _solve(prices, sets))
+
+
+def without_credit(
+    book: Book, sets: list[Set], known: np.ndarray, credit: np.ndarray,
+    solve: Callable[[np.ndarray], list[Set]],
+) -> tuple[list[Set], bool]:  # fmt: skip
+    """What ``solve`` finds best on ``credit``, once it takes none; and whether it got so far.
+
+    Of every set by bit mask, ``known`` is its price and ``credit`` the least that it may turn out
+    to be; both are brought up to date. When the book allows no more, the best by what is known.
+    """
+    masks = {s: mask for mask, s in enumerate(sets)}
     while True:
-        groups = _solve(credit, sets)
+        groups = solve(credit)
         unknown = [g for g in groups if len(g) > 1 and not book.knows(g, book.costly)]
         unknown = [g for g in unknown if credit[masks[g]] < known[masks[g]]]
         if not unknown:
@@ -36,7 +51,7 @@ def best_partition(book: Book, count: int) -> tuple[list[Set], bool]:
         try:
             book.ask([chosen], book.costly)
         except Exhausted:
-            return _solve(known, sets), False
+            return solve(known), False
         known[masks[chosen]] = credit[masks[chosen]] = book.price(chosen)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.planning.book import NOTHING, Book, Exhausted, Set
 from mergeprobe_fast.planning.costs import NEVER
-from mergeprobe_fast.planning.exact import subsets
+from mergeprobe_fast.planning.exact import subsets, without_credit
 from mergeprobe_fast.planning.limited_search import LimitedSearch
 from mergeprobe_fast.planning.search import Search
 from mergeprobe_fast.planning.words import list_of, share
@@ -128,18 +128,7 @@ def _cheapest(book: Book, count: int, most: int) -> tuple[list[Set], bool]:
     sets = subsets(count)
     known = np.array([0, *(book.price(s) for s in sets[1:])], np.int64)
     credit = np.array([0, *(book.bound(s) for s in sets[1:])], np.int64)
-    number = {s: k for k, s in enumerate(sets)}
-    while True:
-        groups = _solve(credit, sets, most, np.add)
-        unknown = [g for g in groups if credit[number[g]] < known[number[g]]]
-        if not unknown:
-            return groups, True
-        chosen = max(unknown, key=len)  # the larger decides more
-        try:
-            book.ask([chosen], book.costly)
-        except Exhausted:
-            return _solve(known, sets, most, np.add), False
-        known[number[chosen]] = credit[number[chosen]] = book.price(chosen)
+    return without_credit(book, sets, known, credit, lambda c: _solve(c, sets, most, np.add))
 
 
 def _solve(worth: np.ndarray, sets: list[Set], most: int, combine: np.ufunc) -> list[Set]:
