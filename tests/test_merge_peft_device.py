@@ -161,15 +161,15 @@ def test_adapters_of_a_whole_model_are_trained_and_measured(
         )  # fmt: skip
         folders = [tmp_path / f"{kind}-{i}" for i in range(2)]
         for out in folders:
-            result = train(recipe, base, items + others, out, None, threads=1)
-        assert result.loss < result.first_loss
+            train(recipe, base, items + others, out, None, threads=1)
         one, two = ((f / "adapter_model.safetensors").read_bytes() for f in folders)
         assert one == two  # no dropout
         evaluation = Evaluation(items, base, 0, threads=1)
         model = PeftModel.from_pretrained(copy.deepcopy(base.model), str(folders[0]))
         expected = truth(model.merge_and_unload(), base, items)
-        assert np.abs(evaluation.run(folders[0]).loglik - expected).max() <= 5 * ROUNDING
-        assert np.abs(evaluation.run().loglik - expected).max() > 1000 * ROUNDING
+        trained, before = evaluation.run(folders[0]).loglik, evaluation.run().loglik
+        assert np.abs(trained - expected).max() <= 5 * ROUNDING
+        assert trained.mean() > before.mean() + 1000 * ROUNDING
         with pytest.raises(mpf.InputError, match="has no such module"):
             name = f"{layer_prefix(base.model)}1.mlp.other"
             evaluation.run(make_adapter(tmp_path / f"{kind}-bad", {name: (3, 3, 1)}).path)
