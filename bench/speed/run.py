@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 SUITES = (
-    "gram", "everyday", "screen", "merge", "operators", "sets", "entries", "angles", "metrics",
-    "peers",
+    "gram", "growth", "everyday", "screen", "merge", "operators", "sets", "entries", "angles",
+    "metrics", "peers",
 )  # fmt: skip
 HERE = Path(__file__).resolve().parent
 

@@ -6,8 +6,8 @@ from importlib import import_module
 from types import ModuleType
 
 SUITES = (
-    "gram", "everyday", "screen", "merge", "operators", "sets", "entries", "angles", "metrics",
-    "peers",
+    "gram", "growth", "everyday", "screen", "merge", "operators", "sets", "entries", "angles",
+    "metrics", "peers",
 )  # fmt: skip
 
 
