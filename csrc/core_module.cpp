@@ -162,7 +162,7 @@ void py_gram_pass(const py::array& table1, const I64Array& bounds1, const F64Arr
                   const I64Array& p, const I64Array& q,
                   const std::vector<std::tuple<int, int, int>>& epilogues, F64Array& out,
                   const I64Array& out_bounds, bool fp64, int threads, const std::string& isa,
-                  i64 tile_rows, const py::object& views) {
+                  i64 tile_rows, const py::object& views, int streaming) {
   const i64 modules = p.size();
   expect(q.size() == modules, "q", "one value per module");
   const Side one(table1, bounds1, weights1, modules, "table1");
@@ -212,7 +212,9 @@ void py_gram_pass(const py::array& table1, const I64Array& bounds1, const F64Arr
     expect(out_bounds.data()[l + 1] - out_bounds.data()[l] == g.n1 * g.n2, "out_bounds",
            "a module needs n1 * n2 entries");
   }
-  const GramOptions options{&kernels_called(isa), threads, fp64, tile_rows, Reduce::both};
+  expect(streaming >= 0 && streaming <= 2, "streaming", "expected 0, 1 or 2");
+  const GramOptions options{&kernels_called(isa), threads, fp64, tile_rows, Reduce::both,
+                            static_cast<Streaming>(streaming)};
   py::gil_scoped_release release;
   block_gram(jobs.data(), modules, list.data(), static_cast<int>(n_e), options);
 }
@@ -340,10 +342,10 @@ PYBIND11_MODULE(_core, m) {
         py::arg("weights2"), py::arg("p").noconvert(), py::arg("q").noconvert(),
         py::arg("epilogues"), py::arg("out").noconvert(), py::arg("out_bounds").noconvert(),
         py::arg("fp64"), py::arg("threads"), py::arg("isa"), py::arg("tile_rows"),
-        py::arg("views") = py::none(),
+        py::arg("views") = py::none(), py::arg("streaming") = 0,
         "P1 over many modules at once, several epilogues on the same tiles. views: records of "
         "views of table1 and of table2, columns per view and module, and the view each epilogue "
-        "reads (0: v itself).");
+        "reads (0: v itself). streaming: dense matrices never (0), where it pays (1), always (2).");
   m.def("canonicalise", &py_canonicalise, py::arg("segments"), py::arg("bounds").noconvert(),
         py::arg("jobs"), py::arg("sigma").noconvert(), py::arg("fp64_out"), py::arg("sigma_in_u"),
         py::arg("relative"), py::arg("noise"), py::arg("threads"), py::arg("isa"),

@@ -42,6 +42,16 @@ def gram_bound(accumulate: str, p: int, q: int, widest: int, rows: int = 0) -> f
     return LAMBDA * u * terms**0.5
 
 
+def streamed_bound(rank: int) -> float:
+    """|S - S_ref| <= bound * S(|U|, |V|) where S is summed over entries of dense matrices.
+
+    An entry is a chain of at most 128 of the ``rank`` products and one sum per 128, each with a
+    rounded weight; 6144 entries of a tile are summed like those of ``gram_bound``, then float64.
+    """
+    entry = min(rank, 128) + -(-rank // 128) + 2
+    return LAMBDA * U32 * (2 * entry + 128 + 6144 // 128) ** 0.5
+
+
 def entry_bound(rank: int) -> float:
     """|x - x_ref| <= bound * |s| |B| |A| of one entry of a delta, from float32 factors.
 
@@ -93,6 +103,11 @@ TOLERANCES = {
     "orthonormal": Tolerance(
         1e-8, "the first Cholesky loses u kappa^2 and is repaired above kappa = 1e3 as its pivots "
         "estimate it, up to sqrt(n) low: u * 1e6 * 128; measured 1e-9", "rows 1e-7 too long",
+    ),
+    "float32 rows": Tolerance(
+        1.3e-7, "inner products of orthonormal rows, every element rounded to float32: 2 u32 = "
+        "1.2e-7, and 'orthonormal'; of sum sigma, a delta from rows rounded on both sides",
+        "rows rounded to bfloat16",
     ),
     "projector": Tolerance(
         1e-9, "well conditioned and gapped: 10 u ||W|| kappa / gap with gap >= 1e-2, kappa <= 1e2",

@@ -13,7 +13,7 @@ from harness import REPOSITORY
 TESTS = ("test_gram.py", "test_canonical.py", "test_features.py", "test_merge.py",
          "test_tiles.py", "test_elementwise_methods.py", "test_regmean.py",
          "test_set_statistics.py", "test_crosswalk.py", "test_angles.py", "test_entries.py",
-         "test_entry_features.py", "test_profiles.py")  # fmt: skip
+         "test_entry_features.py", "test_profiles.py", "test_streamed.py")  # fmt: skip
 CACHE = REPOSITORY / ".benchmarks" / "gate.json"
 # What the numbers depend on; bench/ may change without a new run of the tests.
 PRODUCT = ("mergeprobe_fast", "csrc", "kernels", "tests", "pyproject.toml", "CMakeLists.txt")

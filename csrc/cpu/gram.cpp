@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "gram_plan.hpp"
+#include "gram_streamed.hpp"
 #include "mergeprobe/parallel.hpp"
 
 namespace mergeprobe {
@@ -321,6 +322,35 @@ class Run {
   Buffer<T> packed1_, packed2_;
 };
 
+// Modules that stream the same products together: what they stream, and the rest in tiles.
+void partly_streamed(const GramModule* modules, i64 n_modules, const Plan& plan,
+                     const GramOptions& options) {
+  std::vector<const GramModule*> by_products[8];
+  for (i64 l = 0; l < n_modules; l++)
+    by_products[streamed_products(modules[l], plan, options)].push_back(modules + l);
+  for (Products products = 0; products < 8; products++) {
+    const auto& here = by_products[products];
+    if (here.empty()) continue;
+    stream(here, products, plan, options);
+    std::vector<Epilogue> rest;
+    std::vector<double*> out;
+    for (const GramModule* g : here)
+      for (std::size_t e = 0; e < plan.epilogues.size(); e++)
+        if (!streams(products, plan.epilogues[e])) out.push_back(g->out[e]);
+    for (const Epilogue& x : plan.epilogues)
+      if (!streams(products, x)) rest.push_back(x);
+    if (rest.empty()) continue;
+    std::vector<GramModule> same;
+    for (const GramModule* g : here) {
+      same.push_back(*g);
+      same.back().out = out.data() + (same.size() - 1) * rest.size();
+    }
+    const Plan tiles(rest.data(), static_cast<int>(rest.size()));
+    Run<float>(tiles, options, options.kernels->f32)
+        .modules(same.data(), static_cast<i64>(same.size()));
+  }
+}
+
 }  // namespace
 
 void block_gram(const GramModule* modules, i64 n_modules, const Epilogue* epilogues,
@@ -328,8 +358,10 @@ void block_gram(const GramModule* modules, i64 n_modules, const Epilogue* epilog
   const Plan plan(epilogues, n_epilogues);
   if (options.fp64) {
     Run<double>(plan, options, options.kernels->f64).modules(modules, n_modules);
-  } else {
+  } else if (options.streaming == Streaming::never || options.reduce != Reduce::both) {
     Run<float>(plan, options, options.kernels->f32).modules(modules, n_modules);
+  } else {
+    partly_streamed(modules, n_modules, plan, options);
   }
 }
 

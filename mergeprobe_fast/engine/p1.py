@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from mergeprobe_fast.ops._tables import BLOCK
 _PRODUCT = {"uv": 0, "uu": 1, "vv": 2, "hsic": 2}
 _WEIGHT = {"one": -1, "sigma": 0, "energy": 1}
 POWER = {"one": 0, "sigma": 1, "energy": 2}  # of sigma
+# Sums over entries of dense matrices instead of tiles of ranks: 0 never, 1 where a model of the
+# cost says so (csrc/cpu/gram_streamed.cpp: large ranks), 2 always, to test and to measure.
+STREAMING = 1
 
 
 def flip(n: Need) -> Need:
@@ -29,7 +33,7 @@ class Side:
 
     count: int  # adapters in the block
     entries: np.ndarray  # indices into the chunk's entries
-    blocks: np.ndarray
+    form: CanonicalChunk
     bounds: np.ndarray  # entries of each module
     weights: np.ndarray  # (2, stacked rows): sigma / top and its square
     where: np.ndarray  # position of each entry's adapter in the block
@@ -54,10 +58,15 @@ class Side:
         kept = np.arange(sigma.shape[1])[None, :] < rank[:, None]
         relative = (sigma / np.where(top > 0, top, 1.0)[:, None])[kept]
         return Side(
-            len(members), here, np.ascontiguousarray(form.blocks[here]), bounds.astype(np.int64),
+            len(members), here, form, bounds.astype(np.int64),
             np.ascontiguousarray([relative, relative**2]),
             position[raw.entries["adapter"][here]], top, sigma, rank,
         )  # fmt: skip
+
+    @cached_property
+    def blocks(self) -> np.ndarray:
+        """The canonical factors of the entries."""
+        return np.ascontiguousarray(self.form.blocks[self.entries])
 
     def rows(self, k: int) -> slice:
         """The entries of a module."""
@@ -92,6 +101,9 @@ def fused(
 
     ``needs`` say which N they read: that of the right factors (0), or of ``views[k - 1]``. ``left``
     takes the place of the left factors, with p columns a module. ``one is two``: symmetric.
+
+    A module's sums without a view may be taken over the entries of dense matrices, formed in tiles,
+    if that is cheaper, which depends on how many adapters are there: their last bits do too.
     """
     bounds = outputs(one, two)
     out = np.empty((len(needs), int(bounds[-1])))
@@ -119,7 +131,7 @@ def fused(
     _native.core().gram_pass(
         table(one), one.bounds, one.weights, *second, np.asarray(p, np.int64),
         np.asarray(q, np.int64), [epilogue(n) for n, _ in needs], out, bounds, False, threads,
-        _native.isa(), 0, others,
+        _native.isa(), 0, others, STREAMING,
     )  # fmt: skip
     return out
 

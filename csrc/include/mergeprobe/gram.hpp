@@ -43,12 +43,17 @@ struct GramModule {
   const View* views = nullptr;  // as many as the epilogues name
 };
 
+// Whether sums of Reduce::both in float32 may be taken over dense matrices, which is cheaper where
+// ranks are large: where it pays, or, to test and to measure, wherever it can be done.
+enum class Streaming : std::int32_t { never = 0, where_it_pays = 1, always = 2 };
+
 struct GramOptions {
   const Kernels* kernels;
   int threads;
   bool fp64;       // accumulate (and multiply) in float64; products of float32 are exact there
   i64 tile_rows;   // rows of a tile; 0 = default
   Reduce reduce;   // `both`: n1 x n2; `columns`: R1 x n2; `none`: R1 x R2
+  Streaming streaming = Streaming::never;
 };
 
 // Every entry of the output is written by one task from one fixed tiling, so the result does not
