@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 from math import isqrt
 
 import numpy as np
@@ -25,6 +26,7 @@ from mergeprobe_fast.engine.chunks import (
     read_ahead,
 )
 from mergeprobe_fast.engine.declare import ratio
+from mergeprobe_fast.engine.kept_sums import sums_so_far
 from mergeprobe_fast.engine.p1 import Side
 from mergeprobe_fast.ops._tables import address
 from mergeprobe_fast.ops.angles import STATISTICS, Form, corrected, pair_statistics
@@ -108,15 +110,22 @@ def angles(
     """
     pairs = len(zoo) * (len(zoo) - 1) // 2
     table = AngleTable(len(zoo), {n: np.full(pairs, np.nan) for n in (*whole, *means)})
-    blocks = _blocks(zoo, len(whole) + len(means))
-    for i, first in enumerate(blocks):
-        for second in blocks[i:]:
-            block = _Block(zoo, first, first if second is first else second, whole, means)
-            block.fill(threads)
-            a, b = first[block.i], second[block.j]
-            at = a * len(zoo) - a * (a + 1) // 2 + (b - a - 1)
-            for name, values in block.columns().items():
-                table.columns[name][at] = values
+    kept, start = sums_so_far(), 0
+    kept.restore(table.columns)
+    for first, second in combinations_with_replacement(_blocks(zoo, len(table.columns)), 2):
+        done, start = kept.step - start, start + len(zoo.modules)
+        if done > len(zoo.modules):  # a block's columns are not kept before the next one's sums
+            continue
+        block = _Block(zoo, first, second, whole, means)
+        if done > 0:
+            kept.restore(block.arrays())
+        arrays = table.columns | block.arrays()  # which are added to in place
+        for module in block.fill(max(0, done), threads):
+            kept.reached(start - len(zoo.modules) + module, arrays)
+        a, b = first[block.i], second[block.j]
+        at = a * len(zoo) - a * (a + 1) // 2 + (b - a - 1)
+        for name, values in block.columns().items():
+            table.columns[name][at] = values
     return table
 
 
@@ -167,8 +176,17 @@ class _Block:
         self._mean = {name: np.zeros(n) for name in means}
         self._weight = {name: np.zeros(n) for name in means}
 
-    def fill(self, threads: int) -> None:
-        """Account for every module."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All sums, by names that no column has."""
+        found = {f"of:{name}": values for name, values in self._total.of.items()}
+        for name in ("rank", "energy", "nuclear", "largest", "shared", "top"):
+            found[f"total:{name}"] = getattr(self._total, name)
+        for kind, sums in (("mean", self._mean), ("weight", self._weight)):
+            found |= {f"{kind}:{name}": values for name, values in sums.items()}
+        return found
+
+    def fill(self, done: int, threads: int) -> Iterator[int]:
+        """Account for every module but the first ``done``. Says how many are done, now and then."""
         zoo = self._zoo
         members = self._first if self._symmetric else np.concatenate([self._first, self._second])
         entries = zoo.table.entries[np.isin(zoo.table.entries["adapter"], members)]
@@ -176,13 +194,16 @@ class _Block:
         floats = np.bincount(entries["module"], entries["rank"], len(size)).astype(np.int64) * size
         # Plans count canonical factors as float32.
         chunks = plan_chunks(zoo, members, passes.CHUNK_BYTES, 4 * floats)
+        chunks = [c for c in chunks if c.last > done]
         canonical = CanonicalFactors(
             max((c.canonical_floats for c in chunks), default=0), np.float64
         )
         for raw in read_ahead(zoo, chunks, threads):
-            self._chunk(raw, canonical.compute(raw, threads), threads)
+            yield from self._chunk(raw, canonical.compute(raw, threads), done, threads)
 
-    def _chunk(self, raw: RawChunk, form: CanonicalChunk, threads: int) -> None:
+    def _chunk(
+        self, raw: RawChunk, form: CanonicalChunk, done: int, threads: int
+    ) -> Iterator[int]:
         one = Side.of(self._first, raw, form)
         two = one if self._symmetric else Side.of(self._second, raw, form)
         modules = raw.zoo.modules[raw.chunk.first : raw.chunk.last]
@@ -191,7 +212,7 @@ class _Block:
             for n, m in zip(np.diff(one.bounds), np.diff(two.bounds), strict=True)
         ]
         limit = RESULT_BYTES // (8 * len(STATISTICS))
-        start = 0
+        start = max(0, done - raw.chunk.first)
         while start < len(modules):
             end = start + 1
             while end < len(modules) and sum(counts[start : end + 1]) <= limit:
@@ -199,6 +220,7 @@ class _Block:
             part = slice(start, end)
             self._modules(one, two, form, modules[part], part, counts[part], threads)
             start = end
+            yield raw.chunk.first + end
 
     def _modules(
         self, one: Side, two: Side, form: CanonicalChunk, modules: list[Module], part: slice,

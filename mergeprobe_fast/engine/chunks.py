@@ -20,6 +20,7 @@ from mergeprobe_fast.zoo import Zoo
 
 _LARGEST = 1e60  # of a singular value: its fourth power still fits float64, sums included
 _LINE = 64  # bytes; factors start on a cache line
+Memory = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +78,11 @@ def _padded(nbytes: np.ndarray) -> np.ndarray:
 class RawFactors:
     """The bytes of a chunk's factors as they lie in the files, in one reusable buffer."""
 
-    def __init__(self, zoo: Zoo, capacity: int) -> None:
+    def __init__(self, zoo: Zoo, capacity: int, memory: Memory | None = None) -> None:
+        """``memory(bytes)`` gives uint8 arrays; default: plain ones."""
         self._zoo = zoo
-        self._buffer = np.empty(capacity + _LINE, np.uint8)
+        size = capacity + _LINE
+        self._buffer = np.empty(size, np.uint8) if memory is None else memory(size)
         self._base = -(-address(self._buffer) // _LINE) * _LINE
 
     def read(self, chunk: Chunk, threads: int) -> RawChunk:
@@ -181,10 +184,7 @@ class CanonicalFactors:
             threads, _native.isa(),
         )  # fmt: skip
         refuse_failed(jobs, np.arange(n + 1), raw)
-        for i in np.flatnonzero(sigma[:, 0] > _LARGEST)[:1] if widest else ():
-            adapter, name = raw.names(int(i))
-            reason = f"the update is absurdly large (spectral norm {sigma[i, 0]:.3g}): wrong scale?"
-            raise InputError(reason, path=adapter.path, key=name)
+        refuse_absurd(sigma, raw)
         blocks = np.zeros(n, BLOCK)
         for side in "uv":
             blocks[side]["data"] = jobs[f"{side}_out"]
@@ -194,21 +194,31 @@ class CanonicalFactors:
         return CanonicalChunk(blocks, sigma, jobs["rank"].copy(), self._buffer)
 
 
+def refuse_absurd(sigma: np.ndarray, raw: RawChunk) -> None:
+    """Raise for the first spectrum (entries, values) whose sums would leave float64."""
+    for i in np.flatnonzero(sigma[:, 0] > _LARGEST)[:1] if sigma.shape[1] else ():
+        adapter, name = raw.names(int(i))
+        reason = f"the update is absurdly large (spectral norm {sigma[i, 0]:.3g}): wrong scale?"
+        raise InputError(reason, path=adapter.path, key=name)
+
+
 def refuse_failed(jobs: np.ndarray, bounds: np.ndarray, raw: RawChunk) -> None:
     """Raise for the first canonical form that failed, naming the tensor.
 
     ``bounds``: where each job's entries start in the chunk.
     """
     for i in np.flatnonzero(jobs["status"])[:1]:
-        status = int(jobs["status"][i])
-        adapter, name = raw.names(int(bounds[i]) + max(0, int(jobs["bad_segment"][i])))
-        module = adapter.modules[name]
-        factor = module.b if status == 1 else module.a
-        raise InputError(
-            STATUS[status].removeprefix("B ").removeprefix("A "),
-            path=factor.file.path,
-            key=factor.key,
-        )
+        row = int(bounds[i]) + max(0, int(jobs["bad_segment"][i]))
+        raise failure(raw, row, int(jobs["status"][i]))
+
+
+def failure(raw: RawChunk, row: int, status: int) -> InputError:
+    """What is wrong with an entry whose canonical form has this status."""
+    adapter, name = raw.names(row)
+    module = adapter.modules[name]
+    factor = module.b if status == 1 else module.a
+    reason = STATUS[status].removeprefix("B ").removeprefix("A ")
+    return InputError(reason, path=factor.file.path, key=factor.key)
 
 
 _listener: ContextVar[Callable[[int], None] | None] = ContextVar("chunks done", default=None)
@@ -224,13 +234,15 @@ def told_of_chunks(listener: Callable[[int], None]) -> Iterator[None]:
         _listener.reset(token)
 
 
-def read_ahead(zoo: Zoo, chunks: Sequence[Chunk], threads: int) -> Iterator[RawChunk]:
+def read_ahead(
+    zoo: Zoo, chunks: Sequence[Chunk], threads: int, memory: Memory | None = None
+) -> Iterator[RawChunk]:
     """Each chunk's bytes in turn; the next one is read while the caller computes.
 
-    A chunk is valid until the next one is asked for.
+    A chunk is valid until the next one is asked for. ``memory``: as for :class:`RawFactors`.
     """
     capacity = max((c.raw_bytes for c in chunks), default=0)
-    buffers = [RawFactors(zoo, capacity) for _ in range(min(2, len(chunks)))]
+    buffers = [RawFactors(zoo, capacity, memory) for _ in range(min(2, len(chunks)))]
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(buffers[0].read, chunks[0], threads) if chunks else None
         for i in range(len(chunks)):

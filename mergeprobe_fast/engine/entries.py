@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 
 from mergeprobe_fast import _env
 from mergeprobe_fast.engine import passes
-from mergeprobe_fast.engine.chunks import RawChunk, plan_chunks, read_ahead
+from mergeprobe_fast.engine.chunks import Chunk, RawFactors, plan_chunks, read_ahead
+from mergeprobe_fast.engine.entry_modules import EntryModule, Factors, Measured
+from mergeprobe_fast.engine.kept_sums import sums_so_far
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.io.dtypes import STORAGE, to_f32
-from mergeprobe_fast.ops._tables import DTYPE_CODE, SEGMENT
-from mergeprobe_fast.ops.canonical import canonical
-from mergeprobe_fast.ops.entries import (
-    Moments,
-    Pairs,
-    Sample,
-    entry_moments,
-    entry_pairs,
-    entry_sizes,
-)
-from mergeprobe_fast.ops.tiles import NotFinite
-from mergeprobe_fast.ops.tiles_rule import Deltas, stream
+from mergeprobe_fast.ops.entries import COLUMNS, ROWS, Sample
+from mergeprobe_fast.ops.tiles_rule import stream
 from mergeprobe_fast.zoo import Module, Zoo
 
-# Adapters whose pairs are added up at a time: partial sums of 65,536 pairs are 4.5 MiB a stripe.
+# Adapters whose pairs are added up at a time, at most: partial sums of 65,536 pairs are 4.5 MiB a
+# stripe. Fewer where factors are large: those of the blocks in flight, as read and packed, take
+# FACTOR_BYTES.
 BLOCK = 256
+FACTOR_BYTES = 1 << 30
 # Entries of a module that are looked at, at least: thresholds are its own.
 FEWEST = 8192
-# A delta this far below the size of what it is a sum of may be nothing but rounding.
-_SUSPECT = 1e-5
-_DTYPE = {code: name for name, code in DTYPE_CODE.items()}
 
 
 @dataclass(frozen=True)
@@ -134,173 +124,152 @@ def entry_sums(zoo: Zoo, looking: Looking, *, threads: int | None = None) -> Ent
     """Sums over the entries of every adapter and of every pair of a zoo.
 
     Thresholds of top entries are those of each module. Results do not depend on the number of
-    threads, and those of a pair on other adapters only where a sample does (:class:`Looking`).
+    threads, and those of a pair on other adapters only where a sample does (:class:`Looking`), or,
+    with more than 85 adapters, by the rounding of float64.
 
-    Memory: two chunks of ``passes.CHUNK_BYTES``, the factors of one module in float32, 192 MiB of
-    partial sums at most, and 9 N^2 numbers.
+    Memory: FACTOR_BYTES for factors, 192 MiB of partial sums at most, and 9 N^2 numbers.
 
     Raises:
         InputError: a file that changed, a factor that is not finite, a delta that overflows
             float32; names file and key.
     """
-    threads = _env.threads_or_default(threads)
-    n = len(zoo)
-    adapters = OfAdapters(*np.zeros((13, n)))
-    pairs = OfPairs(*np.zeros((9, n, n)))
-    total = total_entries(zoo)
-    for raw in read_ahead(zoo, plan_chunks(zoo, np.arange(n), passes.CHUNK_BYTES), threads):
-        for module in _modules(raw, looking, total, threads):
-            module.add(adapters, pairs)
-    return EntrySums(adapters, pairs)
+    work = _Work(zoo, looking, _env.threads_or_default(threads))
+    work.run()
+    return EntrySums(work.adapters, work.pairs)
 
 
-def _modules(raw: RawChunk, looking: Looking, total: int, threads: int) -> Iterator[_Module]:
-    segments = raw.fill(np.zeros(len(raw.entries), SEGMENT))
-    segments["scale"] = raw.entries["scale"]
-    place = raw.entries["module"] - raw.chunk.first
-    bounds = np.searchsorted(place, np.arange(raw.chunk.last - raw.chunk.first + 1))
-    for k in range(len(bounds) - 1):
-        if bounds[k + 1] > bounds[k]:
-            rows = np.arange(*bounds[k : k + 2])
-            yield _Module(raw, rows, segments, looking, total, threads)
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A chunk to read: some modules as a whole, or one block of adapters of one module, to measure
+    it or, where ``held`` is another block, for the pairs of the two."""
+
+    chunk: Chunk
+    module: int | None = None
+    block: int = 0
+    held: int | None = None
 
 
-class _Module:
-    """One module: its deltas that are not zero, in units in which their entries are about 1."""
+class _Work:
+    """A pass over all entries, in steps: module by module the pairs within each block of adapters,
+    and then those of two blocks."""
 
-    def __init__(
-        self, raw: RawChunk, rows: np.ndarray, segments: np.ndarray, looking: Looking, total: int,
-        threads: int,
-    ) -> None:  # fmt: skip
-        self._raw, self._threads = raw, threads
-        self._module = raw.zoo.modules[int(raw.entries["module"][rows[0]])]
-        self._sample = looking.sample(self._module, total)
-        self._rows, self._segments = rows, segments[rows]
-        self._sizes = self._call(entry_sizes)
-        self._keep(self._sizes > 0)
-        if not len(self._rows):
+    def __init__(self, zoo: Zoo, looking: Looking, threads: int) -> None:
+        self._zoo, self._looking, self._threads = zoo, looking, threads
+        self._total = total_entries(zoo)
+        n = len(zoo)
+        self.adapters, self.pairs = OfAdapters(*np.zeros((13, n))), OfPairs(*np.zeros((9, n, n)))
+        self._blocks = [self._split(k) for k in range(len(zoo.modules))]
+        counts = [len(b) * (len(b) + 1) // 2 for b in self._blocks]
+        self._first = np.concatenate([[0], np.cumsum(counts)])  # step of each module
+        self._measured: list[Measured] = []  # blocks of the module that it is at
+        self._kept = sums_so_far()
+        self._kept.restore(self._arrays())
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {
+            f"{kind}.{name}": values
+            for kind, sums in (("adapters", self.adapters), ("pairs", self.pairs))
+            for name, values in vars(sums).items()
+        }
+
+    def _split(self, k: int) -> list[np.ndarray]:
+        """Rows of the problem table at a module, in blocks of adapters."""
+        first, last = self._zoo.table.module_bounds[k : k + 2]
+        raw, packed = self._bytes(k)
+        # As read: one that is held, one in use, one being read. Packed: two.
+        side = min(BLOCK, max(2, FACTOR_BYTES // max(1, 3 * raw + 2 * packed)))
+        return np.array_split(np.arange(first, last), max(1, -(-(last - first) // side)))
+
+    def _bytes(self, k: int) -> tuple[int, int]:
+        """What an adapter's factors at a module take at most: as read, and packed."""
+        module, bounds = self._zoo.modules[k], self._zoo.table.module_bounds
+        here = self._zoo.table.entries[slice(*bounds[k : k + 2])]
+        d_out, d_in = module.d_out, module.d_in
+        if self._looking.entries is not None:
+            tiles = -(-self._looking.wanted(module, self._total) // (ROWS * COLUMNS))
+            d_out, d_in = min(d_out, ROWS * tiles), min(d_in, COLUMNS * tiles)
+        raw = int((here["a_nbytes"] + here["b_nbytes"]).max(initial=0))
+        return raw, 4 * int(here["rank"].max(initial=0)) * (d_out + d_in)
+
+    def run(self) -> None:
+        """Account for every module."""
+        plan = self._plan()
+        chunks = [read.chunk for read in plan]
+        held, memory = None, None
+        for raw, read in zip(read_ahead(self._zoo, chunks, self._threads), plan, strict=True):
+            here = Factors(raw)
+            if read.module is None:
+                for k in range(raw.chunk.first, raw.chunk.last):
+                    self._whole(k, here)
+            elif read.held is None:
+                self._measure(read.module, read.block, here)
+            else:
+                if held is None or held[:2] != (read.module, read.held):
+                    chunk = self._chunk(read.module, read.held)
+                    if memory is None:
+                        memory = RawFactors(self._zoo, max(c.raw_bytes for c in chunks))
+                    held = read.module, read.held, Factors(memory.read(chunk, self._threads))
+                self._two(read.module, read.held, read.block, held[2], here)
+
+    def _plan(self) -> list[_Read]:
+        """What is to be read: nothing of what was kept."""
+        plan: list[_Read] = []
+        for chunk in plan_chunks(self._zoo, np.arange(len(self._zoo)), passes.CHUNK_BYTES):
+            k, blocks = chunk.first, self._blocks[chunk.first]
+            packed = 2 * max(map(len, blocks)) * self._bytes(k)[1]
+            fits = 2 * chunk.raw_bytes + packed <= FACTOR_BYTES
+            if self._first[chunk.last] <= self._kept.step:
+                continue
+            if fits or chunk.last > k + 1 or len(blocks) == 1:
+                plan.append(_Read(chunk))
+                continue
+            plan += [_Read(self._chunk(k, b), k, b) for b in range(len(blocks))]
+            plan += [
+                _Read(self._chunk(k, b), k, b, held)
+                for held, b in combinations(range(len(blocks)), 2)
+                if self._step(k, held, b) >= self._kept.step
+            ]
+            # Whoever listens to chunks is told of a module when it is done.
+            plan[-1] = replace(plan[-1], chunk=replace(plan[-1].chunk, first=k))
+        return plan
+
+    def _chunk(self, k: int, block: int) -> Chunk:
+        rows = self._blocks[k][block]
+        here = self._zoo.table.entries[rows]
+        padded = int((here["a_nbytes"] + here["b_nbytes"]).sum()) + 128 * len(rows)
+        return Chunk(k + 1, k + 1, rows, padded, 0)
+
+    def _step(self, k: int, one: int, two: int | None = None) -> int:
+        """The number of a step, from 0: the pairs of a block, or of two."""
+        count = len(self._blocks[k])
+        if two is None:
+            return int(self._first[k]) + one
+        return int(self._first[k]) + count + one * count - one * (one + 1) // 2 + two - one - 1
+
+    def _whole(self, k: int, here: Factors) -> None:
+        count = len(self._blocks[k])
+        if self._first[k + 1] <= self._kept.step or not len(self._blocks[k][0]):
             return
-        root = np.sqrt(self._module.d_out * self._module.d_in)
-        # In such units a fourth power neither over- nor underflows; powers of 2 change no digit.
-        # The scale must fit float32; entries that it cannot lift from below 1e-38 are next to 0.
-        least = np.frexp(self._segments["scale"])[1] - 127
-        self._unit = np.maximum(np.frexp(self._sizes / root)[1], least)
-        self._segments["scale"] = np.ldexp(self._segments["scale"], -self._unit)
-        self.moments: Moments = self._call(entry_moments, looking.density, sample=self._sample)
-        energy = np.ldexp(self.moments.squares * self._factor(), 2 * self._unit)
-        suspect = np.flatnonzero(np.sqrt(energy) <= _SUSPECT * self._sizes)
-        alive = np.ones(len(self._rows), bool)
-        alive[suspect] = [not self._is_zero(i) for i in suspect]
-        if not alive.all():
-            self._keep(alive)
-            self._unit = self._unit[alive]
-            self.moments = Moments(*(x[alive] for x in self.moments))
+        for b in range(count):
+            self._measure(k, b, here)
+        for one, two in combinations(range(count), 2):
+            self._two(k, one, two, here, here)
 
-    def _keep(self, which: np.ndarray) -> None:
-        self._rows, self._sizes = self._rows[which], self._sizes[which]
-        self._segments = self._segments[which]
+    def _module(self, k: int) -> EntryModule:
+        sample = self._looking.sample(self._zoo.modules[k], self._total)
+        return EntryModule(self._zoo, k, self._looking.density, sample, self._threads)
 
-    def _factor(self) -> np.ndarray:
-        """Entries there are, over entries that were looked at."""
-        return self._module.d_out * self._module.d_in / self.moments.entries
+    def _measure(self, k: int, block: int, here: Factors) -> None:
+        if block == 0:
+            self._at, self._measured = self._module(k), []
+        found = self._at.measure(here, self._blocks[k][block])
+        self._measured.append(found)
+        if (step := self._step(k, block)) >= self._kept.step:
+            self._at.add(found, self.adapters)
+            self._at.add_pairs(found, here, None, None, self.pairs)
+            self._kept.reached(step + 1, self._arrays())
 
-    def _call(self, function, *arguments, which: np.ndarray | None = None, **options):
-        """A function of ops on the module's deltas, or on some; names what it refuses."""
-        chosen = np.arange(len(self._rows)) if which is None else which
-        segments = np.ascontiguousarray(self._segments[chosen])
-        deltas = Deltas(segments, self._module.d_out, self._module.d_in, self._raw.buffer)
-        try:
-            return function(deltas, *arguments, threads=self._threads, **options)
-        except NotFinite as error:
-            adapter, name = self._raw.names(int(self._rows[chosen[error.segment]]))
-            module = adapter.modules[name]
-            factor = module.b if error.side == "B" else module.a
-            reason = f"{error.side} holds NaN or infinite values".split(" ", 1)[1]
-            raise InputError(reason, path=factor.file.path, key=factor.key) from None
-        except InputError as error:
-            for i in chosen:
-                if self._overflows(i):
-                    adapter, name = self._raw.names(int(self._rows[i]))
-                    raise InputError(error.reason, path=adapter.path, key=name) from None
-            reason = f"{self._module.name}: {error.reason}"
-            raise InputError(reason, path=self._raw.zoo.root) from None
-
-    def _overflows(self, i: int) -> bool:
-        segments = self._segments[i : i + 1]
-        deltas = Deltas(segments, self._module.d_out, self._module.d_in, self._raw.buffer)
-        try:
-            entry_moments(deltas, sample=self._sample, threads=self._threads)
-        except InputError:
-            return True
-        return False
-
-    def _is_zero(self, i: int) -> bool:
-        """Whether a delta is below the rounding of its factors."""
-        e = self._raw.entries[self._rows[i]]
-        factors = []
-        for side, shape in (("b", (self._module.d_out, -1)), ("a", (-1, self._module.d_in))):
-            name = _DTYPE[int(e[f"{side}_dtype"])]
-            values = self._raw.view(int(self._rows[i]), side).view(STORAGE[name])
-            factors.append(to_f32(values, name).reshape(shape))
-        return canonical([(*factors, float(e["scale"]))]).rank == 0
-
-    def add(self, adapters: OfAdapters, pairs: OfPairs) -> None:
-        """Account for the module."""
-        if not len(self._rows):
-            return
-        who, m, factor = self._raw.entries["adapter"][self._rows], self.moments, self._factor()
-        for name, power in (("l1", 1), ("squares", 2), ("fourths", 4), ("top_squares", 2)):
-            values = np.ldexp(getattr(m, name) * factor, power * self._unit)
-            getattr(adapters, name)[who] += values
-        for name in ("zeros", "top"):
-            getattr(adapters, name)[who] += getattr(m, name) * factor
-        adapters.entries[who] += m.entries * factor
-        adapters.looked_at[who] += m.entries
-        adapters.modules[who] += 1
-        with np.errstate(divide="ignore", invalid="ignore"):
-            kurtosis = m.entries * m.fourths / m.squares**2
-            relative = m.threshold / np.sqrt(m.squares / m.entries)
-        adapters.seen[who] += m.squares > 0
-        adapters.kurtosis[who] += np.where(m.squares > 0, kurtosis, 0.0)
-        adapters.thresholds[who] += np.isfinite(relative)
-        adapters.threshold[who] += np.where(np.isfinite(relative), relative, 0.0)
-        block = who // BLOCK
-        for one, two in combinations_with_replacement(np.unique(block), 2):
-            first, second = np.flatnonzero(block == one), np.flatnonzero(block == two)
-            both = first if one == two else np.concatenate([first, second])
-            split = 0 if one == two else len(first)
-            if len(both) > 1:
-                self._add_pairs(both, split, who, pairs)
-
-    def _add_pairs(self, which: np.ndarray, split: int, who: np.ndarray, pairs: OfPairs) -> None:
-        thresholds = self.moments.threshold[which].astype(np.float32)
-        found: Pairs = self._call(
-            entry_pairs, thresholds, units=self._unit[which], split=split, sample=self._sample,
-            which=which,
-        )  # fmt: skip
-        if split:
-            i, j = (x.ravel() for x in np.indices((split, len(which) - split)))
-            j = j + split
-        else:
-            i, j = np.triu_indices(len(which), 1)
-        a, b, unit = who[which[i]], who[which[j]], self._unit[which]
-        got = Pairs(*(x[i, j].astype(np.float64) for x in found))
-        factor = self._factor()[which[i]]
-        # Not those of the moments: the cosine of a copy must be 1, as its arccosine is wanted.
-        squares = np.diagonal(found.mass)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            cosine = (got.mass - 2 * got.conflict_mass) / np.sqrt(squares[i] * squares[j])
-        expected = got.both * np.arccos(np.clip(np.nan_to_num(cosine), -1, 1)) / np.pi
-        both_units = unit[i] + unit[j]
-        for name, values in (
-            ("conflicts", got.conflicts), ("both", got.both), ("expected", expected),
-            ("top", got.top), ("mass", np.ldexp(got.mass, both_units)),
-            ("conflict_mass", np.ldexp(got.conflict_mass, both_units)),
-            ("squares", np.ldexp(got.squares, 2 * both_units)),
-            ("cancelled", np.ldexp(got.cancelled, unit[j])),
-        ):  # fmt: skip
-            to = getattr(pairs, name)
-            to[a, b] += values * factor
-            to[b, a] += values * factor
-        pairs.opposed[a, b] += np.ldexp(got.opposed * factor, unit[i])
-        pairs.opposed[b, a] += np.ldexp(got.opposing * factor, unit[j])
+    def _two(self, k: int, one: int, two: int, held: Factors, here: Factors) -> None:
+        if (step := self._step(k, one, two)) >= self._kept.step:
+            self._at.add_pairs(self._measured[one], held, self._measured[two], here, self.pairs)
+            self._kept.reached(step + 1, self._arrays())

@@ -1,10 +1,11 @@
-"""Blocks of pairs that are done, kept on disk: a pass that was killed goes on from there."""
+"""What is done of a pass, kept on disk: one that was killed goes on from there."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 import mergeprobe_fast
+from mergeprobe_fast import _native
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.io.atomic import is_temporary
 from mergeprobe_fast.io.atomic_file import AtomicFile
 from mergeprobe_fast.io.dtypes import STORAGE
-from mergeprobe_fast.io.safetensors import read_header, write
+from mergeprobe_fast.io.safetensors import SafetensorsHeader, read_header, write
 
 if TYPE_CHECKING:
     from mergeprobe_fast.engine.declare import Feature
@@ -24,6 +27,93 @@ if TYPE_CHECKING:
 
 _ENDING = ".safetensors"
 _COLUMN = "column:"
+_BLOCK = re.compile(r"\d+-\d+\.safetensors")
+_OTHERS = re.compile(r"(family|sums)-.+\.safetensors")
+
+
+class Files:
+    """Safetensors files in a folder that say what they were made from.
+
+    Args:
+        folder: is made when the first file is kept. Nothing else may be in it; what a kill left of
+            a file is removed.
+
+    Raises:
+        InputError: a folder with other files in it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError("is not a folder", path=self.folder)
+        for path in self.paths():
+            if not (_BLOCK.fullmatch(path.name) or _OTHERS.fullmatch(path.name)):
+                raise InputError("does not belong among blocks of a pass", path=path)
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if is_temporary(path) and path.is_file():
+                    path.unlink(missing_ok=True)
+
+    def paths(self) -> Iterator[Path]:
+        """Every file, by name."""
+        if self.folder.is_dir():
+            yield from sorted(p for p in self.folder.iterdir() if not p.name.startswith("."))
+
+    def header(self, name: str, made_from: str) -> SafetensorsHeader | None:
+        """That of a file; None: there is none, or it is half or made from something else, and
+        removed."""
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        try:
+            header = read_header(path)
+            if header.metadata.get("made_from") == made_from:
+                return header
+        except InputError:  # half a file, of a machine that went down
+            pass
+        path.unlink(missing_ok=True)
+        return None
+
+    def put(
+        self, name: str, made_from: str, tensors: Mapping[str, np.ndarray], told: Mapping[str, str]
+    ) -> None:
+        """Keep a file; it is there as a whole or not at all.
+
+        Raises:
+            InputError: the disk, with its reason; an array of no dtype of safetensors.
+        """
+        told = {"made_from": made_from, **told}
+        with AtomicFile(self.folder / name, overwrite=True) as temporary:
+            write(temporary, {k: np.ascontiguousarray(v) for k, v in tensors.items()}, told)
+
+    def drop(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.folder / name).unlink(missing_ok=True)
+
+
+def read_into(header: SafetensorsHeader, arrays: Mapping[str, np.ndarray]) -> None:
+    """Tensors of a file, into contiguous arrays of their shapes and dtypes."""
+    tensors = header.tensors
+    with header.stamp.path.open("rb", buffering=0) as file:
+        for key, array in arrays.items():
+            ref = tensors[key]
+            if ref.shape != array.shape or STORAGE[ref.dtype] != array.dtype:
+                raise InputError(f"{ref.dtype} {ref.shape}, expected {array.dtype} {array.shape}",
+                                 path=header.stamp.path, key=key)  # fmt: skip
+            file.seek(ref.offset)
+            view = memoryview(array.reshape(-1).view(np.uint8))
+            while len(view):
+                count = file.readinto(view)
+                if not count:
+                    raise InputError("shrank while it was read", path=header.stamp.path)
+                view = view[count:]
+
+
+def tensors_of(header: SafetensorsHeader) -> dict[str, np.ndarray]:
+    """Every tensor of a file, in the order of their bytes."""
+    found = {k: np.empty(ref.shape, STORAGE[ref.dtype]) for k, ref in header.tensors.items()}
+    read_into(header, found)
+    return found
 
 
 class Done(NamedTuple):
@@ -44,42 +134,25 @@ class Done(NamedTuple):
 
 
 class Kept:
-    """A folder of blocks of one pass; blocks of another one in it are removed.
+    """The blocks of one pass in a folder; those of another one in it are removed.
 
     Args:
-        folder: is made when the first block is kept. Nothing but blocks may be in it.
+        folder: as of :class:`Files`.
         made_from: a digest of all that the blocks follow from (:func:`made_from`).
-
-    Raises:
-        InputError: a folder with other files in it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], made_from: str) -> None:
-        self.folder, self._made_from = Path(folder), made_from
-        self.stale = 0  # blocks of another pass
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError("is not a folder", path=self.folder)
-        for path in self._files():
-            if path.suffix != _ENDING:
-                raise InputError("does not belong among blocks of a pass", path=path)
-        for path in self._files():
-            if not self._is_ours(path):
-                path.unlink(missing_ok=True)
-                self.stale += 1
+        self._files, self._made_from = Files(folder), made_from
+        for path in self._files.paths():
+            if _BLOCK.fullmatch(path.name):
+                self._files.header(path.name, made_from)
 
     def get(self, first: int, second: int) -> Done | None:
         """The block of these two numbers; None: not done."""
-        path = self._path(first, second)
-        if not path.is_file():
+        header = self._files.header(_block_name(first, second), self._made_from)
+        if header is None:
             return None
-        header = read_header(path)
-        found: dict[str, np.ndarray] = {}
-        with path.open("rb") as file:
-            for key, ref in header.tensors.items():
-                file.seek(ref.offset)
-                found[key] = np.frombuffer(
-                    bytearray(file.read(ref.nbytes)), STORAGE[ref.dtype]
-                ).reshape(ref.shape)  # fmt: skip
+        found = tensors_of(header)
         columns = {k.removeprefix(_COLUMN): v for k, v in found.items() if k.startswith(_COLUMN)}
         order = header.metadata["columns"].split(",") if columns else []
         return Done(
@@ -94,33 +167,27 @@ class Kept:
         for name in ("profile", "sigma", "rank"):
             if getattr(done, name) is not None:
                 tensors[name] = getattr(done, name)
-        told = {"made_from": self._made_from, "clipped": str(done.clipped),
-                "columns": ",".join(done.columns)}  # fmt: skip
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with AtomicFile(self._path(first, second), overwrite=True) as temporary:
-            write(temporary, {k: np.ascontiguousarray(v) for k, v in tensors.items()}, told)
-
-    def _path(self, first: int, second: int) -> Path:
-        return self.folder / f"{first}-{second}{_ENDING}"
-
-    def _files(self) -> Iterator[Path]:
-        if self.folder.is_dir():
-            yield from sorted(p for p in self.folder.iterdir() if not p.name.startswith("."))
-
-    def _is_ours(self, path: Path) -> bool:
-        try:
-            return read_header(path).metadata.get("made_from") == self._made_from
-        except InputError:  # half a block, of a machine that went down
-            return False
+        told = {"clipped": str(done.clipped), "columns": ",".join(done.columns)}
+        self._files.put(_block_name(first, second), self._made_from, tensors, told)
 
 
-def kept_in(folder: str | os.PathLike[str]) -> int:
-    """How many blocks a folder has."""
-    return sum(1 for path in Path(folder).glob(f"*{_ENDING}") if not path.name.startswith("."))
+def _block_name(first: int, second: int) -> str:
+    return f"{first}-{second}{_ENDING}"
+
+
+def kept_in(folder: str | os.PathLike[str]) -> str:
+    """What a folder has, in words; empty for nothing."""
+    names = [p.name for p in Path(folder).glob(f"*{_ENDING}") if not p.name.startswith(".")]
+    blocks = sum(_BLOCK.fullmatch(name) is not None for name in names)
+    others = len(names) - blocks
+    said = [f"{blocks} blocks of pairs"] if blocks else []
+    if others:
+        said.append(f"{others} famil{'y' if others == 1 else 'ies'} of statistics")
+    return " and ".join(said)
 
 
 def remove_blocks(folder: str | os.PathLike[str]) -> None:
-    """All blocks in a folder, what a kill left of one, and the folder if nothing else is in it."""
+    """All that is kept in a folder, what a kill left of it, and the folder if nothing else is."""
     if Path(folder).is_dir():
         for path in Path(folder).glob(f"*{_ENDING}*"):
             path.unlink(missing_ok=True)
@@ -131,17 +198,14 @@ def remove_blocks(folder: str | os.PathLike[str]) -> None:
 def made_from(
     zoo: Zoo, features: Sequence[Feature], recorded: Recorded, profile: bool
 ) -> str:
-    """A digest of the adapters' files, what was recorded, the features and this version.
+    """A digest of the adapters' files, what was recorded, the features, the instruction set and
+    this version.
 
     Files count by size, time and inode: reading thousands of adapters to tell that nothing changed
     would take as long as a pass.
     """
-    digest = hashlib.sha256()
-
-    def told(*facts: Any) -> None:
-        digest.update(repr(facts).encode("utf-8", "surrogatepass"))
-
-    told(mergeprobe_fast.__version__, profile)
+    told = _Digest()
+    told(mergeprobe_fast.__version__, _native.isa(), profile)
     for f in features:
         told(f.name, [str(n) for n in f.needs], f.definition)
     for adapter in zoo:
@@ -150,7 +214,31 @@ def made_from(
         told([(m.name, m.rank, m.d_out, m.d_in, m.scale) for m in adapter.modules.values()])
     if recorded.calibration is not None:
         told(recorded.domains, _stats(recorded.calibration.path))
-    return digest.hexdigest()
+    for snapshot in recorded.probes or ():
+        while snapshot is not None:
+            told(snapshot.path.name, _stats(snapshot.path))
+            snapshot = snapshot.before
+        told(None)
+    if recorded.base is not None:
+        told([(s.stamp.path.name, s.stamp.size, s.stamp.mtime_ns, s.stamp.inode)
+              for s in recorded.base.shards])  # fmt: skip
+    return told.hexdigest()
+
+
+def digest(*facts: Any) -> str:
+    """Of what has a stable ``repr``."""
+    told = _Digest()
+    told(*facts)
+    return told.hexdigest()
+
+
+class _Digest:
+    def __init__(self) -> None:
+        self._state = hashlib.sha256()
+        self.hexdigest: Callable[[], str] = self._state.hexdigest
+
+    def __call__(self, *facts: Any) -> None:
+        self._state.update(repr(facts).encode("utf-8", "surrogatepass"))
 
 
 def _stats(folder: Path) -> list[tuple[str, int, int]]:

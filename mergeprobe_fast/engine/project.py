@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from mergeprobe_fast.engine.chunks import CanonicalChunk, RawChunk
 from mergeprobe_fast.engine.p1 import View
@@ -40,9 +41,10 @@ class ChunkFactors:
     def vectors(self, side: str, i: int) -> np.ndarray:
         """Left ("u") or right ("v") singular vectors of an entry, float32 (dimension, rank)."""
         matrix, buffer = self._form.blocks[side][i], self._form.buffer
-        start, width = (int(matrix["data"]) - address(buffer)) // 4, int(matrix["col_stride"])
+        start = (int(matrix["data"]) - address(buffer)) // 4
         rows = getattr(self._module_of(i), "d_out" if side == "u" else "d_in")
-        return buffer[start : start + rows * width].reshape(rows, width)[:, : self.rank[i]]
+        strides = 4 * int(matrix["col_stride"]), 4 * int(matrix["row_stride"])
+        return as_strided(buffer[start:], (rows, int(self.rank[i])), strides)
 
     def _module_of(self, i: int) -> Module:
         return self.modules[int(np.searchsorted(self.bounds, i, side="right")) - 1]

@@ -287,5 +287,5 @@ COLUMNS: tuple[PairColumn, ...] = (
 FAMILY = Family(
     "angles", missing=lambda recorded: None, compute=_compute, title="Principal angles",
     pairs=COLUMNS, by_default=False, work=work, pace=4.5,
-    cost="2 r_a r_b (d_in + d_out) + 8 (r_a + r_b)^3 operations, float64",
+    cost="2 r_a r_b (d_in + d_out) + 8 (r_a + r_b)^3 operations, float64", made_from="",
 )  # fmt: skip

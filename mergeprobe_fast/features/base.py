@@ -90,6 +90,7 @@ def _columns(kind: str, word: str, finish: Callable, source: str) -> tuple[Adapt
 
 FAMILY = Family(
     "base", _lacks_base, from_spectra=_compute, title="Beside the base's weights",
+    made_from="",
     cost="up to 200 d_out d_in per module, with all of the base's weights read once",
     adapters=(
         *_columns("norm", "Frobenius norm", _whole_norm, "gradience (udr_f)"),

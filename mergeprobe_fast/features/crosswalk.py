@@ -146,11 +146,11 @@ _SPECTRA = Family(
 )  # fmt: skip
 _OVERLAPS = Family(
     "crosswalk_overlaps", _nothing_missing, tiles.overlaps, title=PAPER, by_default=False,
-    work=_overlap_work, cost="min(r, 10)^2 (d_out + 2 d_in)",
+    work=_overlap_work, cost="min(r, 10)^2 (d_out + 2 d_in)", made_from="",
 )  # fmt: skip
 _AGREEMENTS = Family(
     "crosswalk_agreements", _nothing_missing, tiles.agreements, title=GRADIENCE, by_default=False,
-    work=_agreement_work, cost="r^2 (d_out + d_in) + r^3",
+    work=_agreement_work, cost="r^2 (d_out + d_in) + r^3", made_from="",
 )  # fmt: skip
 
 _LOCAL = (

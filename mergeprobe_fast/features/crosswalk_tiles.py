@@ -6,13 +6,14 @@ over the modules where it is defined for both adapters, as those tools have it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, pairwise
 
 import numpy as np
 
 from mergeprobe_fast.engine import passes
 from mergeprobe_fast.engine.chunks import CanonicalFactors, plan_chunks, read_ahead
+from mergeprobe_fast.engine.kept_sums import sums_so_far
 from mergeprobe_fast.engine.p1 import Side, fused, outputs
 from mergeprobe_fast.engine.sweep import Swept, sweep
 from mergeprobe_fast.features.declare import COL_OVERLAP, ROW_OVERLAP, Spectra, ratio
@@ -37,6 +38,11 @@ class Means:
         known, here = ~np.isnan(values), np.ix_(one, two)
         self._sum[name][here] += np.where(known, values, 0.0)
         self._count[name][here] += known
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All sums and counts."""
+        sums = {f"sum:{name}": values for name, values in self._sum.items()}
+        return sums | {f"count:{name}": values for name, values in self._count.items()}
 
     def result(self) -> dict[str, np.ndarray]:
         """(N, N) each, NaN where no module has a value; only a <= b where only that was added."""
@@ -93,9 +99,11 @@ def overlaps(zoo: Zoo, recorded: Recorded, threads: int) -> dict[str, np.ndarray
     One pass of the block Gram for the first ones and one for the last, again for every number of
     them below TOP.
     """
-    means = Means(len(zoo), OVERLAPS)
+    means, kept = Means(len(zoo), OVERLAPS), sums_so_far()
+    kept.restore(means.arrays())
     everyone = np.arange(len(zoo))
     chunks = plan_chunks(zoo, everyone, passes.CHUNK_BYTES)
+    chunks = [c for c in chunks if c.last > kept.step]
     canonical = CanonicalFactors(max((c.canonical_floats for c in chunks), default=0))
     for raw in read_ahead(zoo, chunks, threads):
         side = Side.of(everyone, raw, canonical.compute(raw, threads))
@@ -122,6 +130,7 @@ def overlaps(zoo: Zoo, recorded: Recorded, threads: int) -> dict[str, np.ndarray
                 means.add("right_top_square", who, who, right)
                 means.add("right_bottom", who, who, np.sqrt(weak))
                 means.add("right_bottom_square", who, who, weak)
+        kept.reached(raw.chunk.last, means.arrays())
     return means.result()
 
 
@@ -135,8 +144,10 @@ def _ends_of(side: Side, count: int, last: bool) -> Side:
             skipped = 4 * (side.rank[keep] - count) * blocks[name]["row_stride"]
             blocks[name]["data"] += skipped.astype(np.uint64)
     blocks["rank"] = count
+    chunk = side.form.blocks.copy()
+    chunk[side.entries[keep]] = blocks
     return Side(
-        side.count, side.entries[keep], blocks,
+        side.count, side.entries[keep], replace(side.form, blocks=chunk),
         np.searchsorted(module, np.arange(len(side.bounds))).astype(np.int64),
         np.ones((2, count * len(blocks))), side.where[keep], side.top[keep], side.sigma[keep],
         side.rank[keep],
@@ -155,14 +166,16 @@ AGREEMENTS = ("mean_overlap", "max_overlap", "directional_agreement")
 
 def agreements(zoo: Zoo, recorded: Recorded, threads: int) -> dict[str, np.ndarray]:
     """AGREEMENTS of a zoo: (N, N) each, between the left singular vectors that hold ENERGY."""
-    means = Means(len(zoo), AGREEMENTS)
-    for chunk in sweep(zoo, threads):
-        for k in range(len(chunk.modules)):
+    means, kept = Means(len(zoo), AGREEMENTS), sums_so_far()
+    kept.restore(means.arrays())
+    for chunk in sweep(zoo, threads, kept.step):
+        for k in range(max(0, kept.step - chunk.first), len(chunk.modules)):
             for one, two in combinations_with_replacement(_blocks(chunk, k), 2):
                 m, n = one.tile("u", two), one.tile("v", two)
                 _add(means, one, two, m, n)
                 if one is not two:
                     _add(means, two, one, m.transpose(2, 3, 0, 1), n.transpose(2, 3, 0, 1))
+            kept.reached(chunk.first + k + 1, means.arrays())
     return means.result()
 
 

@@ -127,6 +127,11 @@ class Family:
     None when the family can be computed. ``compute(zoo, recorded, threads)`` is called once. A
     family that needs singular values alone has ``from_spectra`` instead, which gets
     :class:`Spectra` and goes over no factors.
+
+    ``made_from``: what its columns follow from beside the zoo, what was recorded, and the version
+    of the package: its parameters and, where the code is not the package's, a version of that. A
+    family that says so can be kept (``keep`` of ``pair_features``) and is not computed again while
+    none of it changes; None: never kept.
     """
 
     name: str
@@ -140,3 +145,4 @@ class Family:
     from_spectra: Callable[[Spectra], Any] | None = None
     cost: str = ""  # of a pair and module, in words or as a formula
     pace: float = 1.0  # time of one of its multiply-adds over one of the block Gram's, measured
+    made_from: str | None = None

@@ -207,7 +207,7 @@ def _over_modules(reduce: Callable[..., np.ndarray]) -> Callable[[np.ndarray], n
 
 FAMILY = Family(
     "drift", missing=lacks_output_moments, compute=_compute,
-    title="Disturbance of typical channels",
+    title="Disturbance of typical channels", made_from="",
     pairs=directed(
         "disturbance_median", "Disturbance of {a} by {b}, median channel",
         "Root mean square over {b}'s modules of the median over output channels of how much {b} "
@@ -247,6 +247,7 @@ FAMILY = Family(
 
 OUTPUT_FAMILY = Family(
     "output_shift", missing=_outputs_missing, compute=_shifts, title="Shift of representations",
+    made_from="",
     adapters=(
         AdapterColumn(
             "output_shift", "Output shift",

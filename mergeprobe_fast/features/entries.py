@@ -234,7 +234,7 @@ def entry_features(
         "entries", lambda recorded: None, compute, title="Entries",
         pairs=_pair_columns(looking.density, looking.entries),
         adapters=_adapter_columns(looking.density), by_default=False, work=_work(looking), pace=2.5,
-        cost="5 per entry looked at",
+        cost="5 per entry looked at", made_from=repr(looking),
     )  # fmt: skip
 
 

@@ -266,10 +266,11 @@ _ADAPTERS = (
 
 FAMILY = Family(
     "gradients", lambda recorded: _lacks("data", recorded), _compute, _COLUMNS, _ADAPTERS,
-    title="Gradients of the base model",
+    title="Gradients of the base model", made_from="",
 )  # fmt: skip
 # Apart, because a calibration may have one kind of labels without the other.
 FISHER_FAMILY = Family(
     "fisher", lambda recorded: _lacks("model", recorded), _compute_fisher,
     _fisher_columns("", "drawn from the model"), title="Fisher information of the base model",
+    made_from="",
 )  # fmt: skip

@@ -231,4 +231,5 @@ FAMILY = Family(
     "points",
     lambda r: None if r.points is not None else "points of adapters (calibrate --adapters)",
     _compute, _COLUMNS, _ADAPTERS, title="Loss at trained weights and at the base model",
+    made_from="",
 )  # fmt: skip

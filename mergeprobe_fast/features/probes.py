@@ -292,5 +292,5 @@ ADAPTERS = (
 
 FAMILY = Family(
     "probes", missing=lambda recorded: "probes" if recorded.probes is None else None,
-    compute=compute, pairs=PAIRS, adapters=ADAPTERS, title="Early training",
+    compute=compute, pairs=PAIRS, adapters=ADAPTERS, title="Early training", made_from="",
 )  # fmt: skip

@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from mergeprobe_fast.engine.channels import SIDE, energies
+from mergeprobe_fast.engine.kept_sums import sums_so_far
 from mergeprobe_fast.engine.sweep import sweep
 from mergeprobe_fast.engine.work import canonical_work, factor_work
 from mergeprobe_fast.features.declare import AdapterColumn, Family, PairColumn, Spectra, ratio
@@ -180,8 +181,10 @@ class Channels:
 
 def _channels(zoo: Zoo, recorded: Recorded, threads: int) -> Channels:
     n = len(zoo)
-    out = Channels(*({side: np.zeros(n) for side in SIDE} for _ in range(4)))
-    for chunk in sweep(zoo, threads):
+    out, kept = Channels(*({side: np.zeros(n) for side in SIDE} for _ in range(4))), sums_so_far()
+    arrays = {f"{name}:{side}": sums for name, of in vars(out).items() for side, sums in of.items()}
+    kept.restore(arrays)
+    for chunk in sweep(zoo, threads, kept.step):
         for i in np.flatnonzero(chunk.rank > 0):
             who, top = chunk.adapter[i], chunk.sigma[i, 0] ** 2
             for side in SIDE:
@@ -191,6 +194,7 @@ def _channels(zoo: Zoo, recorded: Recorded, threads: int) -> Channels:
                 out.square[side][who] += np.square(p).sum()
                 out.flat[side][who] += total**2 / len(p)
                 out.peak[side][who] = max(out.peak[side][who], p.max() / total * len(p))
+        kept.reached(chunk.first + len(chunk.modules), arrays)
     return out
 
 
@@ -223,6 +227,6 @@ CHANNELS = Family(
     "channels", _nothing_missing, _channels, title="Profiles over channels", by_default=False,
     adapters=(*_side("out", "output", "rows"), *_side("in", "input", "columns")),
     cost="r (d_out + d_in) per adapter and module",
-    work=lambda zoo: canonical_work(zoo) + 100 * factor_work(zoo),
+    work=lambda zoo: canonical_work(zoo) + 100 * factor_work(zoo), made_from="",
 )  # fmt: skip
 FAMILIES = (DEPTH, CHANNELS)
