@@ -4,12 +4,20 @@ Importing this package imports neither torch nor triton and touches no device; b
 a kernel is first asked for. `README.md` in this folder holds the derivations.
 """
 
-__all__ = ["block_gram"]
+from importlib import import_module
+
+_MODULES = {
+    "Rows": "gram_modules",
+    "block_gram": "gram",
+    "canonical_batch": "canonical",
+    "gram_pass": "gram_modules",
+    "singular_values": "canonical",
+}
+
+__all__ = ["Rows", "block_gram", "canonical_batch", "gram_pass", "singular_values"]
 
 
 def __getattr__(name):
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .gram import block_gram
-
-    return block_gram
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -33,9 +33,9 @@ class Stack:
 
 def check(U, V, offsets, U2, V2, offsets2, scale, scale2, reduce, accumulate, precision):
     """(first stack, second stack or None); ValueError or TypeError naming the bad argument."""
-    _one_of("reduce", reduce, ("both", "columns", "none"))
-    _one_of("accumulate", accumulate, ("fp32", "fp64"))
-    _one_of("precision", precision, ("highest", "high"))
+    one_of("reduce", reduce, ("both", "columns", "none"))
+    one_of("accumulate", accumulate, ("fp32", "fp64"))
+    one_of("precision", precision, ("highest", "high"))
     first = _stack(("U", "V", "offsets", "scale"), U, V, offsets, scale, U, accumulate)
     given = [x is not None for x in (U2, V2, offsets2)]
     if not any(given):
@@ -111,6 +111,7 @@ def _scale(name, scale, count, device):
     return scale.detach().to(device, torch.float64).contiguous()
 
 
-def _one_of(name, value, allowed):
+def one_of(name, value, allowed):
+    """ValueError unless `value` is allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")

@@ -63,6 +63,51 @@ HOPPER = {
 INTERPRETER = GramConfig(block=32, block_k=32, num_warps=1, num_stages=1, group=2)
 
 
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch of a kernel on tiles of deltas, `block_i` rows of `block_j` entries. Unmeasured."""
+
+    block_i: int
+    block_j: int
+    num_warps: int
+    num_stages: int = 1  # nothing goes through shared memory
+    tiles: int = 1  # tiles side by side that one program takes in turn
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Launch of the copy of factors to float32 rows. Unmeasured."""
+
+    block: int = 1024
+    num_warps: int = 4
+
+
+# Packed factors are padded to these, so that the loop over the rank has no masks.
+PAD = 256  # columns: a multiple of every tile
+RANK_STEP = 4  # rows per delta: loads in flight at once
+TENSOR_STEP = 16  # the same where the tensor core multiplies: its smallest depth
+PACK = PackConfig()
+# Unmeasured: chosen by compilation, so that no variant spills (README.md). A tile is in registers
+# once per accumulator, 1 for "sum", 2 for "fisher", 3 to 5 for "ties", and once more for the delta
+# at work. "chain": entries are multiply-adds in order. "tensor": products of the tensor core, by
+# mma.m16n8k16 in both kernels: tiles of 64 rows would get wgmma on sm_90, and perhaps other bits.
+MERGE = {"chain": TileConfig(16, 128, num_warps=4), "tensor": TileConfig(16, 64, num_warps=4)}
+# Larger tiles take 128 registers and more with Triton 3.6.
+ORDER = dict.fromkeys(MERGE, TileConfig(16, 64, num_warps=4, tiles=16))
+INTERPRETER_TILE = TileConfig(16, 32, num_warps=1, tiles=2)
+ORDER_BITS = 17  # of a key, counted apart in one pass: 1 MiB per order statistic
+ORDER_SLOTS = 64  # places for one count, so that fewer programs wait for each other
+WORKSPACE = 1 << 28  # bytes: rows of a merged delta, or limits and sorted rows of "della"
+
+
+def order_sample(size):
+    """Entries sampled to bracket an order statistic of `size`; 0 where all are counted at once.
+
+    About 4.5 / sqrt(sample) of all entries then fall into the bracket. Unmeasured.
+    """
+    return 0 if size <= 1 << 16 else min(int(4 * size ** (2 / 3)), 1 << 22)
+
+
 def choose(kind, reduce, tile_pairs_at, capability, multiprocessors):
     """The configuration for operands of `kind` ("half", "high", "highest" or "fp64").
 
@@ -78,3 +123,23 @@ def choose(kind, reduce, tile_pairs_at, capability, multiprocessors):
     large = table[kind, "large"]
     fills = tile_pairs_at(large.block) >= multiprocessors
     return large if fills and reduce != "none" else table[kind, "small"]
+
+
+@dataclass(frozen=True)
+class CanonicalConfig:
+    """Launches of the canonical form at one height (rows of an entry, padded)."""
+
+    block_k: int  # columns of the factor at a time
+    span: int  # columns that one program writes
+    rows_warps: int
+    num_stages: int
+    cholesky_warps: int  # all it holds, three height x height float64 matrices, is in registers
+    jacobi_warps: int  # four
+
+
+# Every line is unmeasured: no variant spills on sm_80 or sm_90 (tests/test_device_canonical.py).
+CANONICAL = {
+    16: CanonicalConfig(64, 2048, rows_warps=4, num_stages=3, cholesky_warps=2, jacobi_warps=1),
+    32: CanonicalConfig(32, 1024, rows_warps=4, num_stages=3, cholesky_warps=4, jacobi_warps=2),
+    64: CanonicalConfig(32, 512, rows_warps=8, num_stages=2, cholesky_warps=8, jacobi_warps=8),
+}

@@ -18,6 +18,54 @@ def _parts(p_parts_of, o, m):
 
 
 @triton.jit
+def _sum_parts(
+    p_partial,
+    s_partial,
+    s_mirrored,
+    b_first_i,
+    b_count_i,
+    b_first_j,
+    b_count_j,
+    upper,
+    MIRROR: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    # [BLOCK_I, BLOCK_J]
+    b_sum = tl.zeros((BLOCK_I, BLOCK_J), tl.float64)
+    most_i = tl.max(b_count_i, axis=0)
+    most_j = tl.max(b_count_j, axis=0)
+    if MIRROR:
+        # Both (i, j) and (j, i) walk the parts of the smaller index first, so that their sums have
+        # the same order and the same bits.
+        most_i = tl.maximum(most_i, most_j)
+        most_j = most_i
+        b_first_a = tl.where(upper, b_first_i[:, None], b_first_j[None, :])
+        b_first_b = tl.where(upper, b_first_j[None, :], b_first_i[:, None])
+        b_count_a = tl.where(upper, b_count_i[:, None], b_count_j[None, :])
+        b_count_b = tl.where(upper, b_count_j[None, :], b_count_i[:, None])
+    else:
+        b_first_a, b_first_b = b_first_i[:, None], b_first_j[None, :]
+        b_count_a, b_count_b = b_count_i[:, None], b_count_j[None, :]
+    for a in range(0, most_i):
+        for b in range(0, most_j):
+            o_a = b_first_a + a
+            o_b = b_first_b + b
+            if MIRROR:
+                o_row = tl.minimum(o_a, o_b).to(tl.int64)
+                o_column = tl.maximum(o_a, o_b)
+            else:
+                o_row, o_column = o_a.to(tl.int64), o_b
+            m_part = (a < b_count_a) & (b < b_count_b)
+            p_part = p_partial + o_row * s_partial + o_column
+            if s_mirrored is not None:
+                # A part below the diagonal is the mirrored sum of the one above.
+                p_part += tl.where(upper & (o_a <= o_b), 0, s_mirrored)
+            b_sum += tl.load(p_part, mask=m_part, other=0.0).to(tl.float64)
+    return b_sum
+
+
+@triton.jit
 def fold_kernel(
     p_partial,
     s_partial,
@@ -42,35 +90,11 @@ def fold_kernel(
     b_first_i, b_count_i = _parts(p_parts_of_i, o_i, m_i)
     b_first_j, b_count_j = _parts(p_parts_of_j, o_j, m_j)
 
-    # [BLOCK_I, BLOCK_J]
-    b_sum = tl.zeros((BLOCK_I, BLOCK_J), tl.float64)
-    most_i = tl.max(b_count_i, axis=0)
-    most_j = tl.max(b_count_j, axis=0)
-    if MIRROR:
-        # Both (i, j) and (j, i) walk the parts of the smaller index first, so that their sums have
-        # the same order and the same bits.
-        upper = o_i[:, None] <= o_j[None, :]
-        most_i = tl.maximum(most_i, most_j)
-        most_j = most_i
-        b_first_a = tl.where(upper, b_first_i[:, None], b_first_j[None, :])
-        b_first_b = tl.where(upper, b_first_j[None, :], b_first_i[:, None])
-        b_count_a = tl.where(upper, b_count_i[:, None], b_count_j[None, :])
-        b_count_b = tl.where(upper, b_count_j[None, :], b_count_i[:, None])
-    else:
-        b_first_a, b_first_b = b_first_i[:, None], b_first_j[None, :]
-        b_count_a, b_count_b = b_count_i[:, None], b_count_j[None, :]
-    for a in range(0, most_i):
-        for b in range(0, most_j):
-            o_a = b_first_a + a
-            o_b = b_first_b + b
-            if MIRROR:
-                o_row = tl.minimum(o_a, o_b).to(tl.int64)
-                o_column = tl.maximum(o_a, o_b)
-            else:
-                o_row, o_column = o_a.to(tl.int64), o_b
-            m_part = (a < b_count_a) & (b < b_count_b)
-            p_part = p_partial + o_row * s_partial + o_column
-            b_sum += tl.load(p_part, mask=m_part, other=0.0).to(tl.float64)
+    upper = o_i[:, None] <= o_j[None, :]
+    b_sum = _sum_parts(
+        p_partial, s_partial, None, b_first_i, b_count_i, b_first_j, b_count_j, upper,
+        MIRROR=MIRROR, BLOCK_I=BLOCK_I, BLOCK_J=BLOCK_J,
+    )  # fmt: skip
 
     # The two scales are multiplied first: that product is the same for (i, j) and (j, i).
     b_scale = tl.full((BLOCK_I, BLOCK_J), 1.0, tl.float64)

@@ -5,6 +5,38 @@ import triton.language as tl
 
 
 @triton.jit
+def _tile_pair(i_pair, n_tiles_i, n_tiles_j, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr):
+    if SYMMETRIC:
+        # The upper triangle is folded into a rectangle: row y holds tile row y and, before it, the
+        # tile row that completes it, n - y (n odd) or n - 1 - y (n even).
+        odd = n_tiles_i % 2
+        width = n_tiles_i + 1 - odd
+        height = (n_tiles_i + odd) // 2
+    else:
+        width = n_tiles_j
+        height = n_tiles_i
+    i_group = i_pair // (GROUP * width)
+    i_within = i_pair % (GROUP * width)
+    group_height = tl.minimum(height - i_group * GROUP, GROUP)
+    i_tile = i_group * GROUP + i_within % group_height
+    j_tile = i_within // group_height
+    if SYMMETRIC:
+        second = j_tile < i_tile + 1 - odd
+        j_tile = tl.where(second, n_tiles_i - 1 - j_tile, j_tile - 1 + odd)
+        i_tile = tl.where(second, n_tiles_i - 1 + odd - i_tile, i_tile)
+    return i_tile, j_tile
+
+
+@triton.jit
+def _as_loaded_wide(b_x):
+    # Triton 3.6 mistakes a float64 operand that was loaded as 16 bits; a sum of one element ends
+    # its search for how it was loaded.
+    if b_x.dtype.primitive_bitwidth == 16:
+        b_x = tl.sum(b_x.to(tl.float32)[:, :, None], axis=2)
+    return b_x
+
+
+@triton.jit
 def _gram_tile(
     p_x,
     p_y,
@@ -31,9 +63,15 @@ def _gram_tile(
     for i_k in range(0, K, BLOCK_K):
         m_k = o_k < K - i_k
         # [BLOCK, BLOCK_K]
-        b_a = tl.load(p_a, mask=m_i[:, None] & m_k[None, :], other=0.0).to(DOT)
+        b_a = tl.load(p_a, mask=m_i[:, None] & m_k[None, :], other=0.0)
+        if DOT == tl.float64:
+            b_a = _as_loaded_wide(b_a)
+        b_a = b_a.to(DOT)
         # [BLOCK_K, BLOCK]
-        b_b = tl.load(p_b, mask=m_k[:, None] & m_j[None, :], other=0.0).to(DOT)
+        b_b = tl.load(p_b, mask=m_k[:, None] & m_j[None, :], other=0.0)
+        if DOT == tl.float64:
+            b_b = _as_loaded_wide(b_b)
+        b_b = b_b.to(DOT)
         b_gram = tl.dot(b_a, b_b, b_gram, input_precision=PRECISION, out_dtype=ACC)
         p_a += step * s_x_k
         p_b += step * s_y_k
@@ -88,6 +126,8 @@ def _store_both(
     j_row_end,
     j_part,
     j_part_end,
+    b_weight_i,
+    b_weight_j,
     BLOCK: tl.constexpr,
     CHUNK_I: tl.constexpr,
     CHUNK_J: tl.constexpr,
@@ -98,14 +138,19 @@ def _store_both(
     CHUNKS_J: tl.constexpr = BLOCK // CHUNK_J
     o_i = tl.arange(0, CHUNKS_I)
     o_j = tl.arange(0, CHUNKS_J)
+    # A weight of columns takes many registers on the whole tile: last, where it can be.
+    LATE: tl.constexpr = not UNIFORM and CHUNK_J == 1
+    if b_weight_j is not None and not LATE:
+        b_h *= b_weight_j[None, :]
     # [CHUNKS_I, CHUNKS_J]
     b_h = tl.sum(tl.reshape(b_h, (BLOCK, CHUNKS_J, CHUNK_J)), axis=2)
+    if b_weight_i is not None:
+        b_h *= b_weight_i[:, None]
     b_h = tl.sum(tl.reshape(b_h, (CHUNKS_I, CHUNK_I, CHUNKS_J)), axis=1)
     if UNIFORM:
-        o_part_i = (i_part + o_i).to(tl.int64)
-        o_part_j = j_part + o_j
-        m_out = (o_part_i < i_part_end)[:, None] & (o_part_j < j_part_end)[None, :]
-        tl.store(p_out + o_part_i[:, None] * s_out + o_part_j[None, :], b_h, mask=m_out)
+        m_out = (o_i < i_part_end - i_part)[:, None] & (o_j < j_part_end - j_part)[None, :]
+        p_tile = p_out + tl.cast(i_part, tl.int64) * s_out + j_part
+        tl.store(p_tile + (o_i[:, None] * s_out + o_j[None, :]), b_h, mask=m_out)
     else:
         # Select and add, not a product with a one-hot matrix: there 0 * NaN would carry one
         # adapter's NaN into its neighbours.
@@ -118,6 +163,8 @@ def _store_both(
         for part in range(i_part, i_part_end):
             # [CHUNKS_J]
             b_row = tl.sum(tl.where(b_part_i[:, None] == part, b_h, 0.0), axis=0)
+            if b_weight_j is not None and LATE:
+                b_row *= b_weight_j
             # [PARTS_J]
             b_sum = tl.sum(tl.where(m_pick, b_row[:, None], 0.0), axis=0)
             p_row = p_out + tl.cast(part, tl.int64) * s_out
@@ -168,23 +215,7 @@ def block_gram_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    i_program = tl.program_id(0)
-    # The upper triangle is folded into a rectangle: row y holds tile rows y and n - 1 - y.
-    height = tl.cdiv(n_tiles_i, 2) if SYMMETRIC else n_tiles_i
-    width = n_tiles_i + 1 if SYMMETRIC else n_tiles_j
-    i_group = i_program // (GROUP * width)
-    i_within = i_program % (GROUP * width)
-    group_height = tl.minimum(height - i_group * GROUP, GROUP)
-    i_tile = i_group * GROUP + i_within % group_height
-    j_tile = i_within // group_height
-    if SYMMETRIC:
-        second = j_tile <= i_tile
-        mirror = n_tiles_i - 1 - i_tile
-        if second & (mirror == i_tile):
-            return  # an odd middle row would be done twice
-        j_tile = tl.where(second, n_tiles_i - 1 - j_tile, j_tile - 1)
-        i_tile = tl.where(second, mirror, i_tile)
-
+    i_tile, j_tile = _tile_pair(tl.program_id(0), n_tiles_i, n_tiles_j, SYMMETRIC, GROUP)
     i_row = tl.multiple_of(tl.load(p_rows_i + i_tile), ALIGN_I)
     j_row = tl.multiple_of(tl.load(p_rows_j + j_tile), ALIGN_J)
     i_row_end = tl.load(p_rows_i + i_tile + 1)
@@ -228,7 +259,8 @@ def block_gram_kernel(
             )  # fmt: skip
     else:
         _store_both(
-            b_h, p_out, s_out, p_part_of_row_i, i_row, i_row_end, i_part, i_part_end,
-            p_part_of_row_j, j_row, j_row_end, j_part, j_part_end,
+            b_h, p_out, tl.cast(s_out, tl.int64),
+            p_part_of_row_i, i_row, i_row_end, i_part, i_part_end,
+            p_part_of_row_j, j_row, j_row_end, j_part, j_part_end, None, None,
             BLOCK=BLOCK, CHUNK_I=CHUNK_I, CHUNK_J=CHUNK_J, UNIFORM=UNIFORM, PARTS_J=PARTS_J,
         )  # fmt: skip

@@ -17,6 +17,9 @@ from triton.compiler import ASTSource
 
 from . import _configs
 from ._arguments import Stack
+from ._inspect_canonical import canonical_launches
+from ._inspect_pass import pass_variants
+from ._inspect_tiles import tile_launches
 from .gram import launches
 
 POINTER = {
@@ -25,6 +28,7 @@ POINTER = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes one program may have
 KINDS = {  # name: (dtype of U, dtype of V, accumulate)
@@ -114,6 +118,29 @@ def main():
             f"{min(registers):3} to {max(registers):3} registers, {spilling} spill, "
             f"{max(x.shared for x in found) // 1024:3} KiB shared"
         )
+    for arch, (kind, size) in product((80, 90), _configs.AMPERE):
+        found = [resources(launch, arch) for launch in pass_variants(arch, kind, size)]
+        registers = [x.registers for x in found]
+        print(
+            f"sm_{arch} pass {kind:8} {size:6} {len(found):2} variants: "
+            f"{min(registers):3} to {max(registers):3} registers, "
+            f"{sum(x.stack > 0 for x in found)} spill, "
+            f"{max(x.shared for x in found) // 1024:3} KiB shared"
+        )
+    for arch, kind in product((80, 90), ("chain", "tensor")):
+        for name, launch in tile_launches(kind).items():
+            used = resources(launch, arch)
+            print(
+                f"sm_{arch} {kind:6} {name:17} {used.registers:3} registers, "
+                f"{used.stack} bytes spilled, {used.shared / 1024:g} KiB shared"
+            )
+    for arch, height in product((80, 90), _configs.CANONICAL):
+        for name, launch in canonical_launches(height).items():
+            used = resources(launch, arch)
+            print(
+                f"sm_{arch} {height:2} {name:27} {used.registers:3} registers, "
+                f"{used.stack} bytes spilled, {used.shared / 1024:g} KiB shared"
+            )
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ class Tiles:
     @cached_property
     def chunk(self):
         """Largest power of two that divides every part: rows that may be added blindly."""
-        return _power_of_two_in(self.part_rows)
+        return power_of_two_in(self.part_rows)
 
     @cached_property
     def align(self):
         """What the compiler may assume of a tile's first row; above 16 no load gets wider."""
-        return _power_of_two_in([16, *self.rows[:-1]])
+        return power_of_two_in([16, *self.rows[:-1]])
 
     @cached_property
     def uniform(self):
@@ -95,7 +95,7 @@ def _whole_segments(starts, block):
     return rows
 
 
-def _power_of_two_in(numbers):
+def power_of_two_in(numbers):
     union = 0
     for number in numbers:
         union |= number

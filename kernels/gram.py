@@ -57,7 +57,7 @@ def block_gram(
     n_i = first.count if reduce == "both" else first.rows
     n_j = other.rows if reduce == "none" else other.count
     out = _arguments.output(out, (n_i, n_j), U.device)
-    on_device = _device_guard(U.device)
+    on_device = device_guard(U.device)
     if out.numel() == 0 or first.rows == 0 or other.rows == 0:
         return out.zero_()
     with on_device:
@@ -92,7 +92,7 @@ def launches(first, second, reduce, accumulate, config, out):
     partial = torch.empty((n_i, n_j), dtype=acc, device=device)
     programs = tiles_i.count * tiles_j.count
     if symmetric:
-        programs = -(-tiles_i.count // 2) * (tiles_i.count + 1)
+        programs = tiles_i.count * (tiles_i.count + 1) // 2
     if programs >= 2**31:
         raise ValueError(f"U has too many rows for one launch: {programs} tile pairs")
     yield (
@@ -133,8 +133,8 @@ def launches(first, second, reduce, accumulate, config, out):
             ALIGN_J=tiles_j.align,
             UNIFORM=tiles_i.uniform and tiles_j.uniform,
             PARTS_J=tiles_j.most_parts,
-            DOT_U=_dot_dtype(U, U2, acc),
-            DOT_V=_dot_dtype(V, V2, acc),
+            DOT_U=dot_dtype(U, U2, acc),
+            DOT_V=dot_dtype(V, V2, acc),
             ACC=TRITON_DTYPE[acc],
             PRECISION=config.precision,
             BLOCK=config.block,
@@ -177,14 +177,16 @@ def _pack(x, y, tiles_x, tiles_y):
     return first, (first if y is x else packed(y, tiles_y.align))
 
 
-def _dot_dtype(x, y, acc):
+def dot_dtype(x, y, acc):
+    """What the tensor cores take for operands of two tensors."""
     if acc == torch.float64:
         return tl.float64
     # The interpreter holds bf16 as integers and would multiply their bit patterns.
     return tl.float32 if INTERPRETED else TRITON_DTYPE[torch.promote_types(x.dtype, y.dtype)]
 
 
-def _device_guard(device):
+def device_guard(device):
+    """The context of a launch on `device`; RuntimeError where there is none."""
     if INTERPRETED:
         return contextlib.nullcontext()
     if not torch.cuda.is_available():
@@ -201,13 +203,7 @@ def _choose(first, second, reduce, accumulate, precision):
     if INTERPRETED:
         return _configs.INTERPRETER
     other = second or first
-    half = (torch.float16, torch.bfloat16)
-    operands = [
-        torch.promote_types(first.U.dtype, other.U.dtype),
-        torch.promote_types(first.V.dtype, other.V.dtype),
-    ]
-    kind = "half" if all(dtype in half for dtype in operands) else precision
-    kind = "fp64" if accumulate == "fp64" else kind
+    kind = kind_of(((first.U, other.U), (first.V, other.V)), accumulate, precision)
 
     def tile_pairs(block):
         pairs = -(-first.rows // block) * -(-other.rows // block)
@@ -216,3 +212,11 @@ def _choose(first, second, reduce, accumulate, precision):
     device = torch.cuda.get_device_properties(first.U.device)
     capability = (device.major, device.minor)
     return _configs.choose(kind, reduce, tile_pairs, capability, device.multi_processor_count)
+
+
+def kind_of(operands, accumulate, precision):
+    """The key of the launch tables: "fp64", "half", or the precision of fp32."""
+    if accumulate == "fp64":
+        return "fp64"
+    dtypes = [torch.promote_types(x.dtype, y.dtype) for x, y in operands]
+    return "half" if all(x in (torch.float16, torch.bfloat16) for x in dtypes) else precision

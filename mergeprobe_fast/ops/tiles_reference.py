@@ -57,6 +57,11 @@ def _mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def hash_key(seed: int, stream: int, upper: int) -> int:
+    """The 64-bit key of all positions that share their upper half."""
+    return _mix64(_mix64(_mix64(seed) ^ stream) ^ upper)
+
+
 def counter_hash(seed: int, stream: int, position: np.ndarray) -> np.ndarray:
     """32 random bits (uint32) for each position, an integer below 2^64 (row * d_in + column).
 
@@ -68,7 +73,7 @@ def counter_hash(seed: int, stream: int, position: np.ndarray) -> np.ndarray:
     out = np.empty(position.shape, np.uint32)
     for upper in np.unique(position >> np.uint64(32)):
         at = position >> np.uint64(32) == upper
-        key = _mix64(_mix64(_mix64(seed) ^ stream) ^ int(upper))
+        key = hash_key(seed, stream, int(upper))
         x = position[at].astype(np.uint32) ^ np.uint32(key & 0xFFFFFFFF)
         x ^= x >> np.uint32(17)
         x *= np.uint32(0xED5AD4BB)
