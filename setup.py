@@ -12,6 +12,32 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+MODE = os.environ.get("MERGEPROBE_CUDA", "auto")
+
+
+def find_nvcc():
+    """The CUDA compiler that was named, or the one on the path; None if there is none."""
+    if named := os.environ.get("CUDACXX"):
+        return named
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            if found := shutil.which("nvcc", path=str(Path(home, "bin"))):
+                return found
+    return shutil.which("nvcc")
+
+
+def extensions():
+    """``_core``, and ``_cuda`` where a CUDA compiler is found and MERGEPROBE_CUDA lets it."""
+    if MODE not in ("auto", "on", "off"):
+        raise SystemExit(f"MERGEPROBE_CUDA must be auto, on or off, got {MODE!r}")
+    found = [Extension("mergeprobe_fast._core", sources=[])]
+    nvcc = None if MODE == "off" else find_nvcc()
+    if nvcc:
+        found.append(Extension("mergeprobe_fast._cuda", sources=[], optional=MODE == "auto"))
+        found[-1].nvcc = nvcc
+    elif MODE == "on":
+        raise SystemExit("MERGEPROBE_CUDA=on, but there is no nvcc: set CUDACXX or CUDA_HOME")
+    return found
 
 
 class CMakeBuild(build_ext):
@@ -30,7 +56,9 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = ext.name.rpartition(".")[2]
-        out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        out = module.parent
+        module.unlink(missing_ok=True)  # one that fails leaves none behind
         work = Path(self.build_temp, target).resolve()
         work.mkdir(parents=True, exist_ok=True)
         # An isolated build remembers tools of an environment that is gone by the next one.
@@ -42,6 +70,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY_RELEASE={out}",
+            f"-DMERGEPROBE_TARGET={target}",
+            *([f"-DCMAKE_CUDA_COMPILER={ext.nvcc}"] if hasattr(ext, "nvcc") else []),
             *(["-G", "Ninja"] if shutil.which("ninja") else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
@@ -51,10 +81,11 @@ class CMakeBuild(build_ext):
             subprocess.run(configure, check=True)
             subprocess.run(build, check=True)
         except (subprocess.CalledProcessError, FileNotFoundError) as error:
-            raise CompileError(f"CMake build of {ext.name} failed: {error}") from error
+            so = "; going on without it, and MERGEPROBE_CUDA=off skips it" if ext.optional else ""
+            raise CompileError(f"CMake build of {ext.name} failed: {error}{so}") from error
 
 
 setup(
-    ext_modules=[Extension("mergeprobe_fast._core", sources=[])],
+    ext_modules=extensions(),
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,4 +1,4 @@
-"""The compiled module, loaded on first use: importing the package costs and changes nothing.
+"""The compiled modules, loaded on first use: importing the package costs and changes nothing.
 
 A failure is remembered and raised again with its cause.
 """
@@ -12,6 +12,7 @@ from mergeprobe_fast.errors import BackendError
 
 _core: ModuleType | None = None
 _failure: ImportError | None = None
+_cuda: ModuleType | None = None
 
 
 def core() -> ModuleType:
@@ -42,3 +43,22 @@ def isa() -> str:
             f"{', '.join(available)})"
         )
     return pinned or available[0]
+
+
+def cuda() -> ModuleType:
+    """The ``_cuda`` extension. BackendError when it was not built or does not load.
+
+    It loads where there is no GPU; what it launches there raises BackendError.
+    """
+    global _cuda
+    if _cuda is None:
+        try:
+            from mergeprobe_fast import _cuda as module
+        except ImportError as error:
+            # Nothing by that name, or something that does not load: the message says which.
+            raise BackendError(
+                f"the compiled module mergeprobe_fast._cuda is not there ({error}); it is built "
+                "where nvcc is found: MERGEPROBE_CUDA=on says what is missing"
+            ) from error
+        _cuda = module
+    return _cuda

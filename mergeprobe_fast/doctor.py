@@ -32,13 +32,30 @@ def examine() -> dict[str, Any]:
         cpu = {"ok": True, "why": f"compiled module loaded, {chosen}: {why}"}
     except MergeprobeError as error:
         cpu = {"ok": False, "why": str(error)}
-    facts["backends"] = {"cpu": cpu, "triton": _triton(), "reference": _reference()}
+    facts["backends"] = {
+        "cpu": cpu, "triton": _triton(), "cuda": _cuda(facts), "reference": _reference(),
+    }  # fmt: skip
     facts["ok"] = cpu["ok"]
     return facts
 
 
 def _reference() -> dict[str, Any]:
     return {"ok": True, "why": "float64 numpy, by name only"}
+
+
+def _cuda(facts: dict[str, Any]) -> dict[str, Any]:
+    """Whether the module of csrc/cuda can launch; what it was built with goes to ``facts``."""
+    try:
+        module = _native.cuda()
+        built = facts["cuda_build"] = dict(module.build_info())
+        why = f"compiled module, CUDA {built['toolkit']}, for {built['architectures']}"
+        devices = module.devices()
+    except MergeprobeError as error:
+        built = facts.get("cuda_build")
+        return {"ok": False, "why": f"{why}; {error}" if built else str(error)}
+    if not devices:
+        return {"ok": False, "why": f"{why}; the driver shows no device"}
+    return {"ok": True, "why": f"{why}; {devices} device{'s' * (devices > 1)}"}
 
 
 def _triton() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 # From the bottom up; those of one floor may use each other.
 FLOORS = (
-    {"errors", "_core"},
+    {"errors", "_core", "_cuda"},
     {"_env", "_native"},
     {"kernels", "ops"},
     {"io"},

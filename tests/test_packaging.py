@@ -27,10 +27,12 @@ pytestmark = pytest.mark.packaging
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """No network, no checkout on the path, and the venv's own cmake and ninja first."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "CMAKE"))}
+    """No network, no checkout on the path, the venv's own cmake and ninja first, no CUDA."""
+    set_here = ("PYTHON", "PIP_", "CMAKE", "CUDA", "MERGEPROBE_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(set_here)}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     env |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_CACHE_DIR": "1"}
+    env["MERGEPROBE_CUDA"] = "off"
     return env | changes
 
 
@@ -252,3 +254,58 @@ c.run()
     stale.write_bytes(b"old")
     run(sys.executable, "-c", script, cwd=copy, PYTHONPATH=str(copy))
     assert not stale.exists()
+
+
+def python_in(tree: Path, script: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script beside setup.py, which sees no nvcc but the one that CUDACXX names."""
+    own = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(tree)} | changes
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv = ['setup.py', '--name']\n{script}"],
+        cwd=tree, env=environment(**own), text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_the_cuda_module_is_built_where_it_is_wanted_and_there_is_a_compiler(tree):
+    script = "import setup; print([(e.name, bool(e.optional)) for e in setup.extensions()])"
+    core, cuda = "('mergeprobe_fast._core', False)", "('mergeprobe_fast._cuda', {})"
+    for changes, extensions in (
+        ({"MERGEPROBE_CUDA": "auto"}, [core]),
+        ({"MERGEPROBE_CUDA": "auto", "CUDACXX": "nvcc"}, [core, cuda.format(True)]),
+        ({"MERGEPROBE_CUDA": "on", "CUDACXX": "nvcc"}, [core, cuda.format(False)]),
+        ({"MERGEPROBE_CUDA": "off", "CUDACXX": "nvcc"}, [core]),
+    ):
+        done = python_in(tree, script, **changes)
+        assert done.stdout.splitlines()[-1] == f"[{', '.join(extensions)}]", done.stderr
+    for mode, text in (
+        ("on", "MERGEPROBE_CUDA=on, but there is no nvcc: set CUDACXX or CUDA_HOME"),
+        ("yes", "MERGEPROBE_CUDA must be auto, on or off, got 'yes'"),
+    ):
+        done = python_in(tree, script, MERGEPROBE_CUDA=mode)
+        assert done.returncode == 1 and done.stderr.splitlines() == [text]
+
+
+def test_a_broken_cuda_compiler_costs_the_cuda_module_and_no_more(tree, tmp_path):
+    """Automatic: said aloud, and nothing of an earlier build is left; asked for: an error."""
+    copy = tmp_path / "tree"
+    shutil.copytree(tree, copy, ignore=shutil.ignore_patterns("build", "examples", "tests"))
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    script = """
+import setup
+from setuptools.dist import Distribution
+c = setup.CMakeBuild(Distribution({"name": "x", "ext_modules": setup.extensions()[1:]}))
+c.finalize_options(); c.inplace = True; c.get_ext_fullpath = lambda name: "MODULE"
+c.run()
+"""
+    stale = copy / f"_cuda{SUFFIX}"
+    for mode, code in (("auto", 0), ("on", 1)):
+        stale.write_bytes(b"old")
+        done = python_in(
+            copy, script.replace("MODULE", str(stale)), MERGEPROBE_CUDA=mode, CUDACXX=str(broken),
+            PATH=os.environ["PATH"],
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+        assert done.returncode == code, said
+        assert "CMake build of mergeprobe_fast._cuda failed" in said and not stale.exists()
+        assert ("going on without it" in said) == (mode == "auto")

@@ -14,13 +14,14 @@ import numpy as np
 
 from mergeprobe_fast import _env, _native
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.ops import entries_reference
+from mergeprobe_fast.ops import entries_cuda, entries_reference
 from mergeprobe_fast.ops.tiles import NotFinite
 from mergeprobe_fast.ops.tiles_reference import counter_hash
 from mergeprobe_fast.ops.tiles_rule import Deltas
 
 Factors = Deltas | list[tuple[Any, Any, float]]
 Backend = Literal["cpu", "reference"]
+SignBackend = Literal["cpu", "reference", "cuda"]
 
 ROWS, COLUMNS = 8, 16  # of a tile of a sample
 COUNTS, SUMS = 3, 6  # per pair, as csrc/include/mergeprobe/entries.hpp has them
@@ -178,20 +179,35 @@ def entry_pairs(
 
 
 def sign_conflicts(
-    factors: Factors, *, threads: int | None = None, backend: Backend = "cpu"
+    factors: Factors, *, threads: int | None = None, backend: SignBackend = "cpu"
 ) -> np.ndarray:
     """(n, n) float64, symmetric: the share of entries with opposite signs, of those not 0 in both.
 
     NaN where there are none; 0 on the diagonal. The sizes of the scales do not matter.
+
+    Args:
+        factors: as for :func:`entry_moments`; torch tensors on one CUDA device for "cuda".
+        backend: "cuda" counts as the CPU does where that has fused multiply-adds, to the last
+            entry; it needs the module that is built where nvcc is found.
+
+    Raises:
+        InputError: factors that are not finite (:class:`NotFinite`), or not where they must be.
+        BackendError: "cuda" was asked for and cannot run here.
     """
+    if backend == "cuda":
+        return _shares(*entries_cuda.sign_counts(factors))
     given = _deltas(factors)
     segments = given.segments.copy()
     # To [1, 2) or (-2, -1], where no product is rounded to 0: the kernel need not multiply then.
     segments["scale"] = 2 * np.frexp(segments["scale"])[0]
     deltas = Deltas(segments, given.d_out, given.d_in, given.owner)
     pairs = entry_pairs(deltas, magnitudes=False, threads=threads, backend=backend)
+    return _shares(pairs.conflicts, pairs.both)
+
+
+def _shares(conflicts: np.ndarray, both: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
-        share = np.triu(pairs.conflicts / pairs.both, 1)
+        share = np.triu(conflicts / both, 1)
     return share + share.T
 
 
