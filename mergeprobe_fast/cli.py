@@ -108,6 +108,10 @@ def _run(arguments: list[str]) -> int:
         return _fail(str(error))
     except MemoryError:
         return _fail("out of memory")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        return _fail(f"out of memory on the device: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         return _fail("interrupted; nothing half-written is left", 130)
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergeprobe_fast import _env, engine
-from mergeprobe_fast.engine.chunks import told_of_chunks
+from mergeprobe_fast import engine
 from mergeprobe_fast.features import (
     Feature,
     PairColumn,
     Request,
     Selection,
-    Spectra,
     select,
     select_of_adapters,
 )
+from mergeprobe_fast.features.families import family_values
+from mergeprobe_fast.ops.device import Precision, open_device
 from mergeprobe_fast.recorded import NOTHING, Recorded, open_recorded
 from mergeprobe_fast.table import AdapterTable, PairTable
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo, text
@@ -59,20 +59,26 @@ def screen(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     keep: Folder | None = None,
+    device: str = "cpu",
+    precision: Precision = "highest",
 ) -> Screen:
     """Adapter and pair features and the per-layer profile of a zoo.
 
     ``progress`` is called with the number of modules done since the last call; the total is
-    :func:`steps`. ``keep`` is as in :func:`pair_features`.
+    :func:`steps`. ``keep``, ``device`` and ``precision`` are as in :func:`pair_features`.
     """
+    opened = open_device(device, precision)
     chosen = select(features, recorded)
     result = engine.run(
         zoo, chosen.features, recorded=recorded, profile=True, threads=threads, progress=progress,
-        keep=keep,
+        keep=keep, device=opened,
     )  # fmt: skip
-    data = _families(zoo, chosen, recorded, threads, result, progress)
-    adapters = _adapter_table(zoo, result, chosen, data)
-    pairs = _pair_table(zoo, result, chosen, data)
+    found = family_values(
+        zoo, chosen, recorded, result, of_pairs=True, of_adapters=True, threads=threads,
+        progress=progress, keep=keep,
+    )  # fmt: skip
+    adapters = _adapter_table(zoo, result, chosen, found.adapters)
+    pairs = _pair_table(zoo, result, chosen, found.pairs)
     return Screen(
         zoo, chosen, recorded, adapters, pairs, result.layers, result.profile,
         _adapter_profile(zoo, result),
@@ -90,6 +96,8 @@ def pair_features(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     keep: Folder | None = None,
+    device: str = "cpu",
+    precision: Precision = "highest",
 ) -> PairTable:
     """One row per pair of adapters of a zoo.
 
@@ -111,22 +119,34 @@ def pair_features(
         at: the fraction of training at which to take the probes; default: the latest.
         progress: called with the number of modules done since the last call; the total is
             ``screening.steps``.
-        keep: a folder in which a zoo of so many pairs that they go in blocks has its finished
-            blocks put, of features on tiles. The same call goes on from there when it was
-            killed. Yours to remove.
+        keep: a folder for what is done: the blocks of pairs of a zoo of so many that they go in
+            blocks, the columns of every family that takes more than a moment, and every half
+            minute what the slowest of these (entries, angles, channels, those of other tools) have
+            added up. The same call goes on from there when it was killed and gives the same to
+            the bit; what another call left is not used. A family of your own is kept if it says
+            ``made_from``. Yours to remove.
+        device: "cpu", "cuda", "cuda:1" or "auto", a CUDA device if one can be used: for canonical
+            forms and the block Gram; everything else runs on the CPU.
+        precision: of float32 products there: "highest", or "high", which rounds to tf32.
 
     Raises:
         InputError: an unknown feature, one that needs what was not given, a file that changed, a
             factor that is not finite, other files in ``keep``.
+        BackendError: the device cannot be used here.
     """
+    opened = open_device(device, precision)
     zoo = as_zoo(zoo)
     recorded = open_recorded(zoo, calibration, domains, probes, at)
     chosen = select(features, recorded)
     result = engine.run(
-        zoo, chosen.features, recorded=recorded, threads=threads, progress=progress, keep=keep
-    )
-    data = _families(zoo, chosen, recorded, threads, result, progress)
-    return _pair_table(zoo, result, chosen, data)
+        zoo, chosen.features, recorded=recorded, threads=threads, progress=progress, keep=keep,
+        device=opened,
+    )  # fmt: skip
+    found = family_values(
+        zoo, chosen, recorded, result, of_pairs=True, of_adapters=False, threads=threads,
+        progress=progress, keep=keep,
+    )  # fmt: skip
+    return _pair_table(zoo, result, chosen, found.pairs)
 
 
 def adapter_features(
@@ -181,8 +201,11 @@ def _of_adapters(
     progress: Callable[[int], None] | None,
 ) -> AdapterTable:  # fmt: skip
     result = engine.run(zoo, [], threads=threads, progress=progress)
-    data = _families(zoo, chosen, recorded, threads, result, progress)
-    return _adapter_table(zoo, result, chosen, data)
+    found = family_values(
+        zoo, chosen, recorded, result, of_pairs=False, of_adapters=True, threads=threads,
+        progress=progress,
+    )  # fmt: skip
+    return _adapter_table(zoo, result, chosen, found.adapters)
 
 
 def _that_read(chosen: Selection) -> list[str]:
@@ -190,45 +213,14 @@ def _that_read(chosen: Selection) -> list[str]:
     return list(dict.fromkeys(f.name for f in chosen.families if f.compute is not None))
 
 
-def _families(
-    zoo: Zoo, chosen: Selection, recorded: Recorded, threads: int | None,
-    result: engine.PassResult, progress: Callable[[int], None] | None,
-) -> dict[str, Any]:  # fmt: skip
-    """What each family of columns is made from."""
-    count = _env.threads_or_default(threads)
-    data: dict[str, Any] = {}
-    for f in chosen.families:
-        if f.name in data:
-            continue
-        if f.compute is None:
-            alive = result.rank[:, None] > 0
-            spectra = Spectra(zoo, recorded, np.where(alive, result.sigma, 0.0), result.rank)
-            with _env.one_blas_thread():
-                data[f.name] = f.from_spectra(spectra)
-            continue
-        left = len(zoo.modules)
-
-        def advance(modules: int) -> None:
-            nonlocal left
-            step = min(modules, left)
-            left -= step
-            if progress and step:
-                progress(step)
-
-        with _env.one_blas_thread(), told_of_chunks(advance):
-            data[f.name] = f.compute(zoo, recorded, count)
-        advance(left)
-    return data
-
-
 def _pair_table(
-    zoo: Zoo, result: engine.PassResult, chosen: Selection, data: Mapping[str, Any]
+    zoo: Zoo, result: engine.PassResult, chosen: Selection, found: Mapping[str, np.ndarray]
 ) -> PairTable:
     columns, clipped = dict(result.columns), result.clipped
     for family in chosen.families:
         for c in chosen.columns:
             if c in family.pairs:
-                values = np.asarray(c.finish(data[family.name], result.a, result.b), np.float64)
+                values = found[c.name]
                 if c.bounded is not None:
                     low, high = c.bounded
                     clipped += int(np.count_nonzero((values < low) | (values > high)))
@@ -238,7 +230,7 @@ def _pair_table(
 
 
 def _adapter_table(
-    zoo: Zoo, result: engine.PassResult, chosen: Selection, data: Mapping[str, Any]
+    zoo: Zoo, result: engine.PassResult, chosen: Selection, found: Mapping[str, np.ndarray]
 ) -> AdapterTable:
     entries = zoo.table.entries
     columns: dict[str, list | np.ndarray] = {
@@ -273,7 +265,7 @@ def _adapter_table(
     for family in chosen.families:
         for c in family.adapters:
             if chosen.takes(c):
-                columns[c.name] = np.asarray(c.finish(data[family.name]))
+                columns[c.name] = found[c.name]
     return AdapterTable(columns)
 
 

@@ -257,7 +257,7 @@ def test_nulls_of_flat_spectra(rng, tmp_path):
     # Of 120 pairs; what is said for d much larger than k, square matrices of k Gaussian columns.
     for name, value, within in (
         ("row_cosine_mean", 0.85 * math.sqrt(k / d_in), 0.08),
-        ("row_cosine_largest", 0.9 * 2 * math.sqrt(k / d_in), 0.1),
+        ("row_cosine_largest", 0.9 * 2 * math.sqrt(k / d_in), 0.13),
         ("row_geodesic", math.sqrt(k) * math.pi / 2, 0.1),
         ("row_procrustes", math.sqrt(2 * k), 0.1),
         ("row_martin", math.log(d_in / k) + 1, 0.1),

@@ -136,3 +136,33 @@ def test_joining_weights_takes_numbers_only():
     joined = join(["--weights", "1", "-5e-1", "a", "--rank", "2"])
     assert joined == ["--weights=1,-5e-1", "a", "--rank", "2"]
     assert join(["--weights", "x"]) == ["--weights", "x"] and join(["--weights"]) == ["--weights"]
+
+
+def test_a_device_without_room_is_one_line_and_other_runtime_errors_are_not_hidden(
+    run, zoo, monkeypatch
+):
+    torch = pytest.importorskip("torch")
+    from mergeprobe_fast import screening
+
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(screening.engine, "run", full)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the manual")
+    assert_refused(run("screen", "zoo", "--out", "out"), "out of memory on the device", "2 GiB.")
+    assert not Path("out").exists()
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run("screen", "zoo", "--out", "out")
+
+
+def test_a_device_that_is_not_there_is_one_line(run, zoo):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    for command in (["screen"], ["merge", "--method", "ties"]):
+        ran = run(*command, "zoo", "--device", "cuda", "--out", "out")
+        assert_refused(ran, "device cuda is not available")
+        assert not Path("out").exists()
+    assert_refused(run("screen", "zoo", "--device", "tpu", "--out", "out"), "tpu")
+    assert run("screen", "zoo", "--device", "auto", "--out", "out", "--json").code == 0

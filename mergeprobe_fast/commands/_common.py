@@ -66,6 +66,19 @@ def writes(sub: argparse.ArgumentParser, out: str = "folder to write") -> None:
     sub.add_argument("--threads", type=int, metavar="N", help="default: the cores available")
 
 
+def runs_on(sub: argparse.ArgumentParser, *, precision: bool = False) -> None:
+    """The options of a command that can use a GPU."""
+    sub.add_argument(
+        "--device", default="cpu", metavar="D",
+        help="cpu (default), cuda, cuda:1, or auto: a GPU if one can be used",
+    )  # fmt: skip
+    if precision:
+        sub.add_argument(
+            "--precision", default="highest", choices=("highest", "high"),
+            help="of float32 products on a GPU: high rounds them to tf32 (default: highest)",
+        )  # fmt: skip
+
+
 def opens(sub: argparse.ArgumentParser) -> None:
     """The options of a command that opens a zoo."""
     sub.add_argument("--same-base", action="store_true", help=SAME_BASE)

@@ -18,6 +18,7 @@ from mergeprobe_fast.commands._common import (
     print_json,
     progress_of,
     reads_recorded,
+    runs_on,
     writes,
 )
 from mergeprobe_fast.errors import InputError
@@ -51,6 +52,7 @@ def add(command: AddCommand) -> None:
         "--into", type=Path, metavar="BASE",
         help="base model folder: write its weights with the update added, not an adapter",
     )  # fmt: skip
+    runs_on(sub)
     writes(sub, "folder to write; a .safetensors file for kohya and diffusers adapters")
     opens(sub)
 
@@ -68,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         with progress_of(shown, len(zoo.modules), "modules") as advance:
             report = merge_into(
                 zoo, into, options.out, overwrite=options.overwrite, progress=advance,
-                threads=options.threads, **asked,
+                threads=options.threads, device=options.device, **asked,
             )  # fmt: skip
         from mergeprobe_fast.report.into import print_into_summary as print_summary
     else:
@@ -76,7 +78,9 @@ def run(options: argparse.Namespace) -> int:
 
         check_output(zoo, options.out, overwrite=options.overwrite)
         with progress_of(shown, len(zoo.modules), "modules") as advance:
-            merged = merge(zoo, progress=advance, threads=options.threads, **asked)
+            merged = merge(
+                zoo, progress=advance, threads=options.threads, device=options.device, **asked
+            )
             report = merged.save(options.out, overwrite=options.overwrite)
         from mergeprobe_fast.report.merge import print_merge_summary as print_summary
     if shown is None:

@@ -20,6 +20,7 @@ from mergeprobe_fast.commands._common import (
     print_json,
     progress_of,
     reads_recorded,
+    runs_on,
     writes,
 )
 from mergeprobe_fast.errors import InputError
@@ -53,6 +54,7 @@ def add(command: AddCommand) -> None:
         "--base", type=Path, metavar="BASE",
         help="folder of the base model: say how large updates are beside its weights",
     )  # fmt: skip
+    runs_on(sub, precision=True)
     writes(sub)
     opens(sub)
 
@@ -97,12 +99,11 @@ def run(options: argparse.Namespace) -> int:
                 with progress_of(shown, steps(zoo, chosen), "modules") as advance:
                     result = screen(
                         zoo, names, recorded=recorded, threads=options.threads, progress=advance,
-                        keep=blocks,
+                        keep=blocks, device=options.device, precision=options.precision,
                     )  # fmt: skip
             except KeyboardInterrupt:
                 if kept := kept_in(blocks):
-                    complain(f"{kept} blocks of pairs are kept in {blocks}; "
-                             "the same command goes on from there")  # fmt: skip
+                    complain(f"{kept} are kept in {blocks}; the same command goes on from there")
                 raise
             except InputError as error:
                 # What only the weights themselves show.

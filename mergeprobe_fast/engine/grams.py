@@ -9,6 +9,7 @@ import numpy as np
 from mergeprobe_fast.engine.channels import ChannelGrams
 from mergeprobe_fast.engine.chunks import CanonicalChunk, RawChunk
 from mergeprobe_fast.engine.declare import CHANNELS, Need, Sums
+from mergeprobe_fast.engine.device import DeviceChunk
 from mergeprobe_fast.engine.on_domains import DomainGrams
 from mergeprobe_fast.engine.p1 import POWER, Side, flip, fused, outputs
 from mergeprobe_fast.engine.samples import Samples
@@ -49,18 +50,23 @@ class ChunkGrams:
             self._domain_grams = DomainGrams(one, two, with_view, raw, form, samples, threads)
             self._domains = of[first], of[second]
             riding, views = self._domain_grams.riding, self._domain_grams.views
-        self._out = fused(
-            one, two, [m.d_out for m in self._shapes], [m.d_in for m in self._shapes],
-            [(n, 0) for n in self._listed] + riding, views, threads=threads,
-        )  # fmt: skip
+        p, q = [m.d_out for m in self._shapes], [m.d_in for m in self._shapes]
+        if isinstance(form, DeviceChunk):
+            self._results = form.fused(one, two, p, q, self._listed)
+            ridden = fused(one, two, p, q, riding, views, threads=threads) if riding else None
+        else:
+            listed = [(n, 0) for n in self._listed]
+            found = fused(one, two, p, q, listed + riding, views, threads=threads)
+            self._results, ridden = lambda: found[: len(listed)], found[len(listed) :]
         if self._domain_grams is not None:
-            self._domain_grams.take(self._out[len(self._listed) :])
+            self._domain_grams.take(ridden)
         self._channels = ChannelGrams(
             one, two, [n.product for n in self._needs if n.product in CHANNELS], raw, form, threads
         )
 
     def modules(self) -> Iterator[tuple[int, Sums]]:
         """(module, its sums over the pairs) for every module that any adapter has."""
+        self._out = self._results()
         for k in range(len(self._shapes)):
             rows1, rows2 = self._one.rows(k), self._two.rows(k)
             if rows1.start < rows1.stop or rows2.start < rows2.stop:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from mergeprobe_fast import _env
 from mergeprobe_fast.engine.aggregate import PairBlock
 from mergeprobe_fast.engine.chunks import CanonicalFactors, plan_chunks, read_ahead
 from mergeprobe_fast.engine.declare import DOT, Feature, Need
+from mergeprobe_fast.engine.device import CHUNK_BYTES as DEVICE_BYTES
+from mergeprobe_fast.engine.device import DeviceForms, result_bytes
 from mergeprobe_fast.engine.grams import ChunkGrams
 from mergeprobe_fast.engine.kept import Done, Kept, made_from
 from mergeprobe_fast.engine.samples import Samples
@@ -62,6 +65,7 @@ def run(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     keep: str | os.PathLike[str] | None = None,
+    device: Any = None,
 ) -> PassResult:
     """All pairs of a zoo, all features, with bounded memory.
 
@@ -71,7 +75,8 @@ def run(
 
     ``progress`` is called with the number of modules done since the last call; the total is
     :func:`steps`. ``keep``: a folder for the block pairs that are done, if there are several; those
-    of the same pass in it are not computed again. It is left for the caller to remove.
+    of the same pass in it are not computed again. It is left for the caller to remove. ``device``:
+    from :func:`mergeprobe_fast.ops.open_device`; None: the CPU.
 
     Raises:
         InputError: a file that changed, a factor that is not finite, a module that the calibration
@@ -85,14 +90,16 @@ def run(
     layers = list(dict.fromkeys(m.layer for m in zoo.modules))
     kept = None
     if keep is not None and len(blocks) > 1:
-        kept = Kept(keep, f"{made_from(zoo, features, recorded, profile)}-{len(blocks)}")
+        where = "" if device is None else f"-{device.label}"
+        kept = Kept(keep, f"{made_from(zoo, features, recorded, profile)}-{len(blocks)}{where}")
     finished: list[Done] = []
     for i, first in enumerate(blocks):
         for j, second in enumerate(blocks[i:], i):
             done = None if kept is None else kept.get(i, j)
             if done is None:
                 done = _block(first, second, zoo, features, needs, recorded,
-                              layers if profile else None, spectra, threads, progress)  # fmt: skip
+                              layers if profile else None, spectra, threads, progress,
+                              device)  # fmt: skip
                 if kept is not None:
                     kept.put(i, j, done)
             else:
@@ -167,7 +174,7 @@ class _Spectra:
 def _block(
     first: np.ndarray, second: np.ndarray, zoo: Zoo, features: list[Feature], needs: list[Need],
     recorded: Recorded, profiled: list[str] | None, spectra: _Spectra, threads: int,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None] | None, device: Any,
 ) -> Done:  # fmt: skip
     """One pass over the pairs of two blocks of adapters; ``profiled``: the layers, or None."""
     part = PairBlock(
@@ -175,7 +182,7 @@ def _block(
         len(profiled or ()),
     )  # fmt: skip
     layers = list(dict.fromkeys(m.layer for m in zoo.modules))
-    _fill(part, zoo, recorded, layers, spectra, threads, progress)
+    _fill(part, zoo, recorded, layers, spectra, threads, progress, device)
     own = spectra.of(first) if part.symmetric else (None, None)
     return Done(
         first[part.i], second[part.j], part.columns(),
@@ -185,7 +192,7 @@ def _block(
 
 def _fill(
     part: PairBlock, zoo: Zoo, recorded: Recorded, layers: list[str], spectra: _Spectra,
-    threads: int, progress: Callable[[int], None] | None,
+    threads: int, progress: Callable[[int], None] | None, device: Any,
 ) -> None:  # fmt: skip
     """One pass over all modules: while a chunk goes through the kernels, the next one is read and
     the last one's sums are accounted for. (To canonicalise ahead as well was 3% slower on 2 cores.)
@@ -195,8 +202,15 @@ def _fill(
     if any(n.view != "weights" for n in part.needs):
         on = Samples.of_adapters(zoo, recorded, members)
         extra = _on_domains_bytes(part, zoo, on[0])
-    chunks = plan_chunks(zoo, members, CHUNK_BYTES, extra)
-    canonical = CanonicalFactors(max((c.canonical_floats for c in chunks), default=0))
+    memory = None
+    if device is None:
+        chunks = plan_chunks(zoo, members, CHUNK_BYTES, extra)
+        forms = CanonicalFactors(max((c.canonical_floats for c in chunks), default=0))
+    else:
+        results = result_bytes(zoo, members, len(part.needs))
+        chunks = plan_chunks(zoo, members, DEVICE_BYTES, results if extra is None else
+                             results + extra)  # fmt: skip
+        forms, memory = DeviceForms(device), device.memory
     layer_of = [layers.index(m.layer) for m in zoo.modules]
     done = 0
 
@@ -206,8 +220,8 @@ def _fill(
 
     with ThreadPoolExecutor(1) as pool:
         accounted = None
-        for raw in read_ahead(zoo, chunks, threads):
-            form = canonical.compute(raw, threads)
+        for raw in read_ahead(zoo, chunks, threads, memory):
+            form = forms.compute(raw, threads)
             rows = raw.chunk.rows
             spectra.sigma[rows, : form.sigma.shape[1]] = form.sigma
             spectra.rank[rows] = form.rank
@@ -220,6 +234,8 @@ def _fill(
             if progress:
                 progress(raw.chunk.last - done)
             done = raw.chunk.last
+            if device is not None:
+                forms.release()
         if accounted:
             accounted.result()
     if progress and done < len(zoo.modules):

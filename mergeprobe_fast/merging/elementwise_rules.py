@@ -85,9 +85,9 @@ def _rules(
     lows = _whole_adapter_thresholds(request) if dialect == "paper" else None
     for chunk in request.chunks():
         for m in chunk:
-            deltas = deltas_of(m)
             rule = _combination(request, dialect, combine)
             try:
+                deltas = deltas_of(m, request.device)
                 low = None if lows is None else lows[m.adapters]
                 yield m, deltas, _kept(request, m, deltas, keep, dialect, rule, low)
             except InputError as error:
@@ -169,7 +169,7 @@ def _whole_adapter_thresholds(request: MergeRequest) -> np.ndarray:
     owners: dict[tuple[int, int], ModuleFactors] = {}
     for chunk in request.source.chunks(request.threads):
         for m in map(_copied, chunk):
-            deltas = deltas_of(m)
+            deltas = deltas_of(m, request.device)
             for i, adapter in enumerate(m.adapters):
                 owners[int(adapter), len(groups[adapter])] = m
                 groups[adapter].append(deltas[i])
@@ -196,9 +196,15 @@ def _copied(m: ModuleFactors) -> ModuleFactors:
     return ModuleFactors(m.module, m.index, m.adapters, copies(m.a), copies(m.b), m.scales)
 
 
-def deltas_of(m: ModuleFactors) -> Deltas:
+def deltas_of(m: ModuleFactors, device: Any = None) -> Deltas:
     """The module's deltas for the elementwise kernels; weights stay apart."""
-    return Deltas(m.segments(), m.module.d_out, m.module.d_in, m)
+    there = None
+    if device is not None:
+        there = device.deltas([
+            ((b.raw, b.dtype), (a.raw, a.dtype), float(s))
+            for b, a, s in zip(m.b, m.a, m.scales, strict=True)
+        ])  # fmt: skip
+    return Deltas(m.segments(), m.module.d_out, m.module.d_in, m, there)
 
 
 def blame(error: InputError, m: ModuleFactors) -> InputError:

@@ -26,6 +26,7 @@ from mergeprobe_fast.merging.registry import MERGE_METHODS
 from mergeprobe_fast.merging.request import prepare
 from mergeprobe_fast.merging.source import ZooSource
 from mergeprobe_fast.merging.targets import Target, find_targets, tied_notes
+from mergeprobe_fast.ops.device import open_device
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo, text
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def merge_into(
     overwrite: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: str = "cpu",
     **arguments: Any,
 ) -> dict[str, Any]:
     """Write the base model with the merged update of all adapters added to its weights.
@@ -82,11 +84,12 @@ def merge_into(
             not fit the adapters; an update to one of two tied weights; a sum that overflows the
             tensor's dtype; too little room on the disk; a file that changes meanwhile.
     """
+    opened = open_device(device)
     zoo = as_zoo(zoo)
     chosen, request = prepare(
         ZooSource(zoo), method, weights=weights, rank=rank, energy=energy,
         calibration=open_given(calibration), domains=domains, threads=threads, progress=progress,
-        arguments=arguments,
+        device=opened, arguments=arguments,
     )  # fmt: skip
     calibrated = request.calibration is not None
     if calibrated and chosen.dense is not None and request.rank is None and request.energy is None:

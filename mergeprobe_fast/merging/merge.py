@@ -16,6 +16,7 @@ from mergeprobe_fast.merging.adapter import MergedAdapter
 from mergeprobe_fast.merging.methods import MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.merging.request import prepare
 from mergeprobe_fast.merging.source import ZooSource
+from mergeprobe_fast.ops.device import open_device
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def merge(
     dtype: str | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: str = "cpu",
     **arguments: Any,
 ) -> MergedAdapter:
     """Merge all adapters of a zoo into one.
@@ -55,6 +57,8 @@ def merge(
             their names begin with.
         dtype: "F32", "BF16" or "F16" of the result; None: that of the inputs, F32 if they differ.
         progress: called with the number of modules done since the last call.
+        device: "cpu", "cuda", "cuda:1" or "auto", a CUDA device if one can be used: for the rules
+            on entries (TIES, DARE, DELLA, pruning, breadcrumbs); everything else runs on the CPU.
         arguments: the method's own, see ``MERGE_METHODS[method].arguments``.
 
     Returns:
@@ -63,12 +67,14 @@ def merge(
     Raises:
         InputError: an unknown method or argument, wrong weights or rank, a factor that is not
             finite, a file that changed since the zoo was opened.
+        BackendError: the device cannot be used here.
     """
+    opened = open_device(device)
     zoo = as_zoo(zoo)
     chosen, request = prepare(
         ZooSource(zoo), method, weights=weights, rank=rank, energy=energy,
         calibration=open_given(calibration), domains=domains, threads=threads, progress=progress,
-        arguments=arguments,
+        device=opened, arguments=arguments,
     )  # fmt: skip
     if request.calibration is not None:  # before any work: the report will need it
         covered = [m for m in zoo.modules if m.name in request.calibration.modules]

@@ -65,6 +65,7 @@ class MergeRequest:
     progress: Callable[[int], None] | None = None
     calibration: Calibration | None = None
     domains: tuple[str, ...] = ()
+    device: Any = None  # from ops.open_device: elementwise rules run there
 
     def chunks(self) -> Iterator[list[ModuleFactors]]:
         """The source's chunks, telling ``progress`` how many modules are done."""

@@ -31,6 +31,7 @@ def prepare(
     domains: Mapping[str, str] | Sequence[str] | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: Any = None,
     arguments: Mapping[str, Any],
 ) -> tuple[MergeMethod, MergeRequest]:
     """Everything checked, defaults filled in; see :func:`mergeprobe_fast.merge`."""
@@ -49,6 +50,7 @@ def prepare(
         _arguments(chosen, arguments, source),
         progress,
         *_calibration(chosen, calibration, domains, source),
+        device,
     )
 
 

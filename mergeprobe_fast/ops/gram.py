@@ -10,6 +10,7 @@ import numpy as np
 from mergeprobe_fast import _env, _native
 from mergeprobe_fast.errors import BackendError, InputError
 from mergeprobe_fast.ops import reference
+from mergeprobe_fast.ops.device import Precision
 
 log = logging.getLogger("mergeprobe_fast")
 _said: set[str] = set()
@@ -29,6 +30,7 @@ def block_gram(
     *,
     reduce: Literal["both", "columns", "none"] = "both",
     accumulate: Literal["fp32", "fp64"] = "fp32",
+    precision: Precision = "highest",
     threads: int | None = None,
     backend: Backend = "auto",
 ) -> Any:
@@ -49,6 +51,8 @@ def block_gram(
             "none" gives the Hadamard product of the two Grams itself, (R, R2).
         accumulate: "fp64" multiplies and sums in float64 (products of float32 are exact there): for
             distances of near-duplicates, leverage, or a Gram that will be inverted.
+        precision: of products of float32 on a CUDA device: "highest" is good to 2^-20 of each, by
+            three products in tf32, "high" to 2^-10, by one. The CPU has float32 itself.
         threads: default, the cores this process may use. The result does not depend on it.
         backend: "auto" takes "triton" for CUDA tensors, else "cpu"; a name never falls back.
 
@@ -61,6 +65,7 @@ def block_gram(
     """
     _one_of(reduce, ("both", "columns", "none"), "reduce")
     _one_of(accumulate, ("fp32", "fp64"), "accumulate")
+    _one_of(precision, ("highest", "high"), "precision")
     threads = _env.threads_or_default(threads)
     first = _Stack(U, V, offsets, scale, "")
     second = None
@@ -86,7 +91,10 @@ def block_gram(
     stacks = (U, V, first.bounds, U2, V2, None if second is None else second.bounds)
     if chosen == "triton":
         own_scale = None if second is None else second.scale
-        return _triton(*stacks, first.scale, own_scale, reduce=reduce, accumulate=accumulate)
+        return _triton(
+            *stacks, first.scale, own_scale, reduce=reduce, accumulate=accumulate,
+            precision=precision,
+        )  # fmt: skip
     if chosen == "reference":
         result = reference.block_gram(*stacks, first.scale, other.scale, reduce)
     else:

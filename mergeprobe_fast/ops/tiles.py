@@ -14,7 +14,7 @@ import numpy as np
 
 from mergeprobe_fast import _env, _native
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.ops import tiles_reference
+from mergeprobe_fast.ops import tiles_device, tiles_reference
 from mergeprobe_fast.ops._tables import SEGMENT
 from mergeprobe_fast.ops.canonical import STATUS, matrix_record
 from mergeprobe_fast.ops.tiles_rule import Deltas, ElementwiseRule, per_adapter
@@ -95,6 +95,8 @@ def merge_dense(
     if backend == "reference":
         with np.errstate(over="ignore"):
             out[:] = call.reference()[first:last]
+    elif call.deltas.there is not None:
+        out[:] = tiles_device.merge_dense(call, first, last)
     else:
         call.merge(first, last, out=out)
     return out
@@ -139,6 +141,8 @@ def merge_sketch(
         y = merged @ x
         z = (merged.T @ y).astype(np.float32) if transpose else None
         return Sketch(y.astype(np.float32), z, float(np.square(merged).sum()))
+    if call.deltas.there is not None:
+        return Sketch(*tiles_device.merge_sketch(call, x, transpose, minus))
     width = x.shape[1]
     padded = -(-width // 16) * 16  # whole registers on every instruction set
     if padded != width or not x.flags.c_contiguous:
@@ -160,6 +164,8 @@ def pruned_norms(
     call = _Call(factors, None, rule, None, threads, backend)
     if backend == "reference":
         return Norms(*tiles_reference.norms(call.deltas, call.adapters, rule))
+    if call.deltas.there is not None:
+        return tiles_device.pruned_norms(call)
     out = np.empty((7, len(call.deltas)))
     call.run("tiles_norms", out)
     return Norms(*out[:6], out[6].astype(np.int64))
@@ -196,8 +202,10 @@ def order_statistics(
         raise InputError("must not be negative", key="counts")
     if _checked_backend(backend) == "reference":
         return tiles_reference.order_statistics(groups, wanted)
-    threads = _env.threads_or_default(threads)
     blocks = [d for group in groups for d in group]
+    if blocks and all(d.there is not None for d in blocks):
+        return tiles_device.order_statistics(groups, wanted)
+    threads = _env.threads_or_default(threads)
     segments = np.concatenate([d.segments for d in blocks] or [np.zeros(0, SEGMENT)])
     shapes = np.array([(d.d_out, d.d_in) for d in blocks for _ in range(len(d))], np.int64)
     bounds = np.cumsum([0, *(sum(map(len, group)) for group in groups)], dtype=np.int64)
@@ -241,6 +249,7 @@ class _Call:
         self.deltas = factors if isinstance(factors, Deltas) else Deltas.of(factors)
         if not len(self.deltas):
             raise InputError("expected at least one delta", key="factors")
+        self.weights = weights
         self.rule, self.threads = rule, _env.threads_or_default(threads)
         self.adapters = rule.adapters(len(self.deltas), weights)
         self.fisher = fisher if fisher is None or isinstance(fisher, Deltas) else Deltas.of(fisher)

@@ -28,12 +28,15 @@ class Deltas:
     float64 anywhere in memory); whoever made them keeps that memory alive, or hands it over in
     ``owner``. Entries are float32: the factors are rounded to float32, their product is summed
     over the rank in order, and the scale, rounded to float32, is multiplied in last.
+
+    ``there``: the same on a CUDA device (``kernels.Device.deltas``): then everything runs there.
     """
 
     segments: np.ndarray
     d_out: int
     d_in: int
     owner: Any = field(default=None, repr=False)
+    there: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         s = self.segments
@@ -66,7 +69,8 @@ class Deltas:
     def __getitem__(self, index: int) -> Deltas:
         """One adapter's delta."""
         index = range(len(self))[index]
-        return Deltas(self.segments[index : index + 1], self.d_out, self.d_in, self.owner)
+        there = None if self.there is None else self.there[index]
+        return Deltas(self.segments[index : index + 1], self.d_out, self.d_in, self.owner, there)
 
     @property
     def size(self) -> int:

@@ -1,0 +1,44 @@
+"""Which device a call runs on."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, Literal
+
+from mergeprobe_fast.errors import BackendError, InputError
+
+log = logging.getLogger("mergeprobe_fast")
+Precision = Literal["highest", "high"]
+
+
+def open_device(name: str = "cpu", precision: Precision = "highest") -> Any | None:
+    """The CUDA device of that name, or None for the CPU.
+
+    Args:
+        name: "cpu"; "cuda" or "cuda:1"; "auto": the current CUDA device if one can be used.
+        precision: of products of float32 on a CUDA device: "highest" is good to 2^-20 of each,
+            "high" rounds factors to tf32 (2^-10) and is several times as fast.
+
+    Raises:
+        InputError: another name.
+        BackendError: no such device can be used here; "auto" says so in the log instead.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"cpu|auto|cuda(:\d+)?", name):
+        raise InputError(f"expected cpu, cuda, cuda:<number> or auto, got {name!r}", key="device")
+    if precision not in ("highest", "high"):
+        raise InputError(f"expected 'highest' or 'high', got {precision!r}", key="precision")
+    if name == "cpu":
+        return None
+    try:
+        from mergeprobe_fast.kernels.device import Device
+
+        device = Device("cuda" if name == "auto" else name, precision)
+    except (ImportError, RuntimeError) as error:
+        if name != "auto":
+            raise BackendError(f"device {name} is not available: {error}") from error
+        log.info("device auto: the CPU (%s)", error)
+        return None
+    if name == "auto":
+        log.info("device auto: %s", device.torch)
+    return device
