@@ -16,13 +16,16 @@ for folder in (HERE, HERE.parents[1]):
 from cases import Case, Measured, measure  # noqa: E402
 from gate import refusal  # noqa: E402
 from results import append, default_path, rows  # noqa: E402
-from suites import SUITES, load  # noqa: E402
+from suites import ON_DEVICE, SUITES, load  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("speed")
     group.addoption("--quick", action="store_true", help="small problems, few repetitions")
-    group.addoption("--only", choices=SUITES, action="append", help="run these suites only")
+    group.addoption("--only", choices=(*SUITES, *ON_DEVICE), action="append",
+                    help="run these suites only")  # fmt: skip
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu",
+                    help="cuda: the suites device_..., by events")  # fmt: skip
     group.addoption("--no-gate", action="store_true", help="time without the correctness tests")
     group.addoption("--results", type=Path, help="JSON lines file to append to")
 
@@ -41,9 +44,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per case and variant, in the order of the suites."""
     if "measured" not in metafunc.fixturenames:
         return
-    chosen = metafunc.config.getoption("--only") or SUITES
+    suites = ON_DEVICE if metafunc.config.getoption("--device") == "cuda" else SUITES
+    chosen = metafunc.config.getoption("--only") or suites
     quick = metafunc.config.getoption("--quick")
-    cases = [c for suite in SUITES if suite in chosen for c in load(suite).cases(quick)]
+    cases = [c for suite in suites if suite in chosen for c in load(suite).cases(quick)]
     metafunc.parametrize(
         ("measured", "variant"),
         [(c, v.name) for c in cases for v in c.variants],
@@ -81,8 +85,10 @@ def _run(case: Case, config: pytest.Config) -> Measured | Exception:
     if case.id not in _done:
         try:
             found = measure(case)
-            new = rows(found, gated=not config.getoption("--no-gate"),
-                       quick=config.getoption("--quick"))  # fmt: skip
+            new = rows(
+                found, gated=not config.getoption("--no-gate"), quick=config.getoption("--quick"),
+                device=config.getoption("--device"),
+            )  # fmt: skip
             append(_path(config), new)
             config.stash.setdefault(ROWS, []).extend(new)
             _done[case.id] = found
@@ -95,7 +101,7 @@ ROWS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 
 
 def _path(config: pytest.Config) -> Path:
-    return config.getoption("--results") or default_path()
+    return config.getoption("--results") or default_path(config.getoption("--device"))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -91,10 +91,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def rows(measured: Measured, *, gated: bool, quick: bool) -> list[dict[str, Any]]:
+def rows(
+    measured: Measured, *, gated: bool, quick: bool, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """One row per variant, then one per fact."""
     case = measured.case
-    shared = {
+    shared = {} if device == "cpu" else {"device": _device().machine()}
+    shared |= {
         "suite": case.suite, "case": case.name, "threads": case.threads, "clock": case.clock,
         "gated": gated, "quick": quick, **provenance(),
     }  # fmt: skip
@@ -139,9 +142,16 @@ def _target(target: Target | None, number: float, of: str) -> dict[str, Any]:
     return {"target": f"{sign} {target.value:g}", "target_of": of, "met": target.met(number)}
 
 
-def default_path() -> Path:
-    """bench/results/<cpu>/speed.jsonl"""
-    return REPOSITORY / "bench" / "results" / cpu_slug() / "speed.jsonl"
+def default_path(device: str = "cpu") -> Path:
+    """bench/results/<cpu or device>/speed.jsonl"""
+    slug = cpu_slug() if device == "cpu" else _device().slug()
+    return REPOSITORY / "bench" / "results" / slug / "speed.jsonl"
+
+
+def _device() -> Any:
+    import device
+
+    return device
 
 
 def append(path: Path, new: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Front of the speed suites: python bench/speed/run.py [--quick] [--only SUITE] [--no-gate]
+"""Front of the speed suites: python bench/speed/run.py [--quick] [--only SUITE] [--device cuda]
 
 Runs pytest on this folder; anything else on the command line goes to pytest.
 """
@@ -13,7 +13,8 @@ import pytest
 
 SUITES = (
     "gram", "growth", "everyday", "screen", "merge", "operators", "sets", "entries", "angles",
-    "metrics", "peers",
+    "metrics", "peers", "large_rank", "device_gram", "device_merge", "device_canonical",
+    "device_screen",
 )  # fmt: skip
 HERE = Path(__file__).resolve().parent
 
@@ -23,12 +24,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small problems, under a minute")
     parser.add_argument("--only", choices=SUITES, action="append", help="may be repeated")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="cuda: the suites device_..., by events")  # fmt: skip
     parser.add_argument("--no-gate", action="store_true", help="rows say gated: false")
     parser.add_argument("--results", type=Path, help="default: bench/results/<cpu>/speed.jsonl")
     options, rest = parser.parse_known_args()
     arguments = [str(HERE), f"--rootdir={HERE.parents[1]}", "--benchmark-sort=mean",
                  "--benchmark-columns=min,median,max,rounds", "-q"]  # fmt: skip
     arguments += ["--quick"] * options.quick + ["--no-gate"] * options.no_gate
+    arguments += ["--device", options.device]
     for suite in options.only or ():
         arguments += ["--only", suite]
     if options.results:

@@ -60,7 +60,7 @@ def _line(row: Row) -> str:
     target = row["target"] or ""
     if target and row["kind"] == "time" and row["target_of"] == "median":
         target += " s"
-    clock = "wall" if row["clock"] == "wall" else "CPU"
+    clock = {"wall": "wall", "events": "device"}.get(row["clock"], "CPU")
     return (
         f"| {where} | {row['threads']}, {clock} | {row['variant']} | {row['peer']} "
         f"| {median} | {ratio} | {target} | {met} |"
@@ -87,8 +87,9 @@ def _provenance(rows: list[Row]) -> list[str]:
         row = next(r for r in rows if (r["commit"], r["dirty"], r["date"]) == commit)
         m, v = row["machine"], row["versions"]
         caches = ", ".join(f"{k} {size}" for k, size in m["caches"].items())
+        device = "".join(f"{k} {x}, " for k, x in row.get("device", {}).items())
         lines.append(
-            f"{m['cpu']} ({m['family_model']}), {m['cores']} cores, {caches}; "
+            f"{device}{m['cpu']} ({m['family_model']}), {m['cores']} cores, {caches}; "
             f"{', '.join(f'{k} {x}' for k, x in v.items())}; commit {row['commit'][:12]}"
             f"{' with uncommitted changes' if row['dirty'] else ''}; `{row['command']}`; "
             f"{row['date']}"

@@ -7,8 +7,10 @@ from types import ModuleType
 
 SUITES = (
     "gram", "growth", "everyday", "screen", "merge", "operators", "sets", "entries", "angles",
-    "metrics", "peers",
+    "metrics", "peers", "large_rank",
 )  # fmt: skip
+# With --device cuda, instead of those.
+ON_DEVICE = ("device_gram", "device_merge", "device_canonical", "device_screen")
 
 
 def load(name: str) -> ModuleType:
