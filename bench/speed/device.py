@@ -25,6 +25,7 @@ WARM = 2  # calls before the first sample: compilation, and the clock's ramp
 FLUSH = 256 << 20  # bytes written between samples: several times the largest L2 cache there is
 SAMPLES = 5  # of one repetition, whose median counts
 LARGE = 64 if INTERPRETED else 8192  # of a product
+COPIED = 1 << (20 if INTERPRETED else 30)  # bytes of a copy
 
 
 class Event:
@@ -94,6 +95,21 @@ def timed(call: Callable[[], Any], samples: int = SAMPLES) -> Callable[[], SelfT
     return run
 
 
+def walled(call: Callable[[], Any]) -> Callable[[], SelfTimed]:
+    """``call`` by the clock on the wall, until the device is idle: where the host has a part."""
+
+    def run() -> SelfTimed:
+        if not INTERPRETED:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        result = call()
+        if not INTERPRETED:
+            torch.cuda.synchronize()
+        return SelfTimed(time.perf_counter() - began, result)
+
+    return run
+
+
 def product(dtype: torch.dtype, size: int = LARGE, tf32: bool = False) -> Callable[[], Any]:
     """A large cuBLAS product: the ceiling of anything that multiplies."""
     a, b = (torch.randn(size, size, device=WHERE).to(dtype) for _ in range(2))
@@ -110,7 +126,7 @@ def product(dtype: torch.dtype, size: int = LARGE, tf32: bool = False) -> Callab
     return call
 
 
-def copy(size: int = 1 << (20 if INTERPRETED else 30)) -> Callable[[], Any]:
+def copy(size: int = COPIED) -> Callable[[], Any]:
     """A large copy on the device: ``2 * size`` bytes move."""
     source = torch.empty(size, dtype=torch.uint8, device=WHERE)
     target = torch.empty_like(source)

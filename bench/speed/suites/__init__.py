@@ -10,7 +10,8 @@ SUITES = (
     "metrics", "peers", "large_rank",
 )  # fmt: skip
 # With --device cuda, instead of those.
-ON_DEVICE = ("device_gram", "device_merge", "device_canonical", "device_screen")
+ON_DEVICE = ("device_gram", "device_merge", "device_canonical", "device_signs",
+             "device_screen")  # fmt: skip
 
 
 def load(name: str) -> ModuleType:

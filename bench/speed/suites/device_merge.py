@@ -7,30 +7,36 @@ from contextlib import contextmanager
 from functools import partial
 
 import device
+import numpy as np
 import torch
 from cases import CORE, OURS, Case, Fact, Target, Variant, Work
+from data import adapters
 
+from mergeprobe_fast import ops
+from mergeprobe_fast.kernels.device import Device
 from mergeprobe_fast.kernels.merge_tiles import merge_dense
 from mergeprobe_fast.kernels.order_statistics import magnitude_thresholds
-from mergeprobe_fast.ops import ElementwiseRule
+from mergeprobe_fast.ops import Deltas, ElementwiseRule
 
-DENSITY, SCALE = 0.3, 0.5
+DENSITY, SCALE, RANK = 0.3, 0.5, 16
+COPY = "a large copy on the device"
+PEFT = "materialised, peft, torch.linalg.svd"
+TARGETS = {"ties_svd": 20.0, "svd": 200.0}  # against PEFT on the same device
 
 
 def cases(quick: bool) -> list[Case]:
-    """TIES of 2 and 4 adapters into base weights."""
+    """TIES of 2 and 4 adapters into base weights; TIES and the plain sum to rank 16."""
     width = 4096 if not quick else 48 if device.INTERPRETED else 512
-    return [_ties_case(n, width) for n in (2, 4)]
+    out = [_ties_case(n, width) for n in (2, 4)]
+    return [*out, *(_cut_case(method, 4, width) for method in TARGETS)]
 
 
 def _ties_case(count: int, width: int) -> Case:
-    size = float(width * width)
-    moved = 4 * size  # bf16 weights read and written
     variants = (
-        Variant(OURS, work=moved, note="thresholds found, TIES, added to bf16 weights in place"),
+        Variant(OURS, note="thresholds found, TIES, added to bf16 weights"),
         Variant("thresholds alone", compare=False),
-        Variant("merge alone", compare=False, work=moved),
-        Variant("device copy of 1 GiB", CORE, Target(0.6), work=2.0 * (1 << 30)),
+        Variant("merge alone", compare=False),
+        Variant(COPY, CORE, compare=False),
         Variant("materialised, kthvalue, peft.ties", "peft", most=3),
     )
     name = f"TIES of {count} into {width}x{width} bf16 weights, r=16, density {DENSITY}"
@@ -65,7 +71,7 @@ def _ties(count: int, width: int) -> Iterator[Work]:
         OURS: ours,
         "thresholds alone": lambda: magnitude_thresholds(factors, DENSITY),
         "merge alone": lambda: merge_dense(factors, weights, _rule(found), base=base, out=out),
-        "device copy of 1 GiB": device.copy(),
+        COPY: device.copy(),
         "materialised, kthvalue, peft.ties": peft,
     }
 
@@ -76,7 +82,10 @@ def _ties(count: int, width: int) -> Iterator[Work]:
         limit = 0.5 if device.INTERPRETED else 2e-3
         assert other < limit, f"{other:.1e} of the entries differ"
         flops = 2.0 * 16 * count * width * width
+        copied = 2.0 * device.COPIED / medians[COPY]
         return [
+            Fact("bandwidth over that of the copy", 4.0 * width**2 / medians[OURS] / copied, "1",
+                 Target(0.6), note="bf16 weights read and written once"),
             Fact("entries that differ from PEFT's", other, "1",
                  note="thresholds of sums in another order, roundings to bf16"),
             Fact("flops of rebuilding the entries once", flops / medians["merge alone"] / 1e12,
@@ -84,6 +93,58 @@ def _ties(count: int, width: int) -> Iterator[Work]:
         ]  # fmt: skip
 
     yield Work({name: device.timed(call) for name, call in run.items()}, finish)
+
+
+def _cut_case(method: str, count: int, width: int) -> Case:
+    where = "the CPU" if method == "svd" else "the device, small matrices on the CPU"
+    variants = (
+        Variant(OURS, note=f"factors in host memory to factors in host memory, on {where}"),
+        Variant(PEFT, "peft", Target(TARGETS[method]), most=2, note="on the device throughout"),
+    )
+    name = f"{method} of {count} adapters, one {width}x{width} layer, r={RANK} to rank {RANK}"
+    return Case("device_merge", name, 1, "wall", 5, variants,
+                partial(_cut, method, count, width))  # fmt: skip
+
+
+@contextmanager
+def _cut(method: str, count: int, width: int) -> Iterator[Work]:
+    made = [
+        (b.numpy(), a.numpy(), SCALE)
+        for a, b in (f["m"] for f in adapters(count, {"m": (width, width)}, RANK))
+    ]
+    there = Device().deltas([((b, "F32"), (a, "F32"), s) for b, a, s in made])
+    weights = [1.0 / count] * count if method == "svd" else [1.0] * count
+
+    def ours() -> tuple[np.ndarray, np.ndarray]:
+        if method == "svd":
+            form = ops.canonical([(b, a, s / count) for b, a, s in made], max_rank=RANK)
+            k = form.rank
+            return (form.left[:k].T * form.sigma[:k]).astype(np.float32), form.right[:k]
+        host = Deltas.of(made)
+        deltas = Deltas(host.segments, width, width, host, there)
+        rule = _rule(ops.magnitude_thresholds(deltas, DENSITY))
+        found = ops.merge_low_rank(deltas, weights, rule, RANK)
+        return found.b, found.a
+
+    def peft() -> tuple[torch.Tensor, torch.Tensor]:
+        from peft.utils.merge_utils import task_arithmetic, ties
+
+        factors = [[torch.from_numpy(x).to(device.WHERE) for x in f[:2]] for f in made]
+        deltas = [SCALE * (b @ a) for b, a in factors]
+        w = torch.tensor(weights, device=device.WHERE)
+        merged = ties(deltas, w, DENSITY) if method == "ties_svd" else task_arithmetic(deltas, w)
+        u, s, v = torch.linalg.svd(merged)
+        return (u[:, :RANK] * s[:RANK]).cpu(), v[:RANK].cpu()
+
+    def finish(results, medians) -> list[Fact]:
+        (b, a), (d, c) = ([np.asarray(x) for x in results[n]] for n in (OURS, PEFT))
+        x = made[0][1].T  # what the merged update does to some inputs
+        one, two = b @ (a @ x), d @ (c @ x)
+        off = float(np.linalg.norm(one - two) / np.linalg.norm(two))
+        assert off < 1e-2, f"{off:.1e} of the merged update"
+        return [Fact("difference from PEFT's", off, "of the norm")]
+
+    yield Work({OURS: device.walled(ours), PEFT: device.walled(peft)}, finish)
 
 
 def _rule(low: object) -> ElementwiseRule:
