@@ -1,4 +1,4 @@
-"""A child process in which ``device="cuda"`` is Triton's interpreter.
+"""A child process in which ``device="cuda"`` is Triton's interpreter (see triton_child.py).
 
 The interpreter must be switched on before triton is imported, and another test may have imported it
 in this process. This file is the child's program too.
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from triton_child import environment
 
 import mergeprobe_fast as mpf
 from mergeprobe_fast.engine import passes
@@ -26,7 +27,7 @@ def interpreter(folder: Path) -> Iterator[Callable[..., dict[str, np.ndarray]]]:
     out = folder / "found.npz"
     child = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=folder,
+        env=environment(), cwd=folder,
     )  # fmt: skip
 
     def call(task, zoo, *, fault=False, sizes=None, **options):

@@ -6,11 +6,7 @@ child process.
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,62 +15,42 @@ torch = pytest.importorskip("torch", reason="the device kernels take torch tenso
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from test_canonical import CASES, RANKS, Truth  # noqa: E402
 from test_device_canonical import DTYPES, F64, ONE, TWO, check_float32, draw, of_entry, sides  # noqa: E402
+from triton_child import DEVICE, child, moved, serve  # noqa: E402
 
 from mergeprobe_fast.kernels import canonical as device  # noqa: E402
 
 pytestmark = pytest.mark.triton
 
 
-def serve():
-    """The child process: pickled (function, arguments, fault) in, the result or exception out."""
-    channel = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+def program():
+    """The child process: (function, arguments, options, fault) in, the result out."""
     from mergeprobe_fast.kernels import _canonical_triton
 
-    empty, launches, sweeps = torch.empty, _canonical_triton.Side.launches, _canonical_triton.SWEEPS
-
-    def poisoned(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(torch.nan if made.is_floating_point() else 77)
+    launches, sweeps = _canonical_triton.Side.launches, _canonical_triton.SWEEPS
+    assert _canonical_triton.INTERPRETED == (DEVICE == "cpu")
 
     def short(self, *args, **kwargs):
         for kernel, grid, named in launches(self, *args, **kwargs):
             named["p_table"][0, 3] -= 1  # columns, or groups of them
             yield kernel, grid, named
 
-    torch.empty = poisoned
-    for name, args, options, fault in iter(partial(pickle.load, sys.stdin.buffer), None):
+    def handle(request):
+        name, args, options, fault = request
         _canonical_triton.Side.launches = short if fault == "a column dropped" else launches
         _canonical_triton.SWEEPS = 1 if fault == "one sweep" else sweeps
-        try:
-            assert _canonical_triton.INTERPRETED
-            answer = getattr(device, name)(*args, **options, backend="triton")
-        except Exception as error:
-            answer = error
-        pickle.dump(answer, channel)
-        channel.flush()
+        answer = getattr(device, name)(*args, **options, backend="triton")
+        if isinstance(answer, device.CanonicalBatch):
+            answer = replace(answer, **moved(vars(answer), "cpu"))
+        return answer
+
+    serve(handle)
 
 
 @pytest.fixture(scope="module")
 def interpreter():
     """``call(name, ..., fault=...)``: a function of kernels.canonical, in the interpreter."""
-    child = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-
-    def call(name, *args, fault=None, **options):
-        pickle.dump((name, args, options, fault), child.stdin)
-        child.stdin.flush()
-        answer = pickle.load(child.stdout)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    with child:
-        yield call
-        pickle.dump(None, child.stdin)
-        child.stdin.close()
+    with child(__file__) as ask:
+        yield lambda name, *args, fault=None, **options: ask((name, args, options, fault))
 
 
 KERNEL_CASES = ("dead_units", "one_by_one", "near_duplicates_1e-6", "mixed_a_1e5")
@@ -173,4 +149,4 @@ def test_kernels_compile_without_spills(arch):
 
 
 if __name__ == "__main__":
-    serve()
+    program()

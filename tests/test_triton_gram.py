@@ -7,8 +7,6 @@ it; so this file is also the program of a child process that runs ``block_gram``
 from __future__ import annotations
 
 import mmap
-import os
-import pickle
 import subprocess
 import sys
 from functools import partial
@@ -20,6 +18,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from tolerances import LAMBDA, U32, U64  # noqa: E402
+from triton_child import DEVICE, child, moved, serve  # noqa: E402
 from triton_views import VIEWS  # noqa: E402
 
 pytestmark = pytest.mark.triton
@@ -47,55 +46,34 @@ def plant(fault, launches, *arguments):
         yield kernel, grid, named
 
 
-def serve():
-    """The child process: pickled keyword arguments in, a tensor or the exception out."""
-    channel = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+def program():
+    """The child process: keyword arguments in, (result, out) out."""
     from mergeprobe_fast.kernels import _configs, gram
 
-    empty, launches = torch.empty, gram.launches
+    launches = gram.launches
+    assert gram.INTERPRETED == (DEVICE == "cpu") and _configs.INTERPRETER.block == 32
 
-    def poisoned(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    torch.empty = poisoned
-    for request in iter(partial(pickle.load, sys.stdin.buffer), None):
-        fault = request.pop("fault", None)
-        gram.launches = partial(plant, fault, launches)
+    def handle(request):
+        gram.launches = partial(plant, request.pop("fault", None), launches)
         if request["U"] is None:
-            request["U"] = far_apart()
-        try:
-            assert gram.INTERPRETED and _configs.INTERPRETER.block == 32
-            answer = gram.block_gram(**request)
-        except Exception as error:
-            answer = error
-        pickle.dump((answer, request.get("out")), channel)
-        channel.flush()
+            request["U"] = moved(far_apart(), DEVICE)
+        return gram.block_gram(**request), request.get("out")
+
+    serve(handle)
 
 
 @pytest.fixture(scope="module")
 def interpreter():
     """``block_gram`` in the interpreter."""
-    child = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
+    with child(__file__) as ask:
 
-    def call(U, V, offsets, U2=None, V2=None, offsets2=None, **options):
-        names = ("U", "V", "offsets", "U2", "V2", "offsets2")
-        stacks = dict(zip(names, (U, V, offsets, U2, V2, offsets2), strict=True))
-        pickle.dump({**stacks, **options}, child.stdin)
-        child.stdin.flush()
-        answer, out = pickle.load(child.stdout)
-        if isinstance(answer, Exception):
-            raise answer
-        return (answer, out) if "out" in options else answer
+        def call(U, V, offsets, U2=None, V2=None, offsets2=None, **options):
+            names = ("U", "V", "offsets", "U2", "V2", "offsets2")
+            stacks = dict(zip(names, (U, V, offsets, U2, V2, offsets2), strict=True))
+            answer, out = ask({**stacks, **options})
+            return (answer, out) if "out" in options else answer
 
-    with child:
         yield call
-        pickle.dump(None, child.stdin)
-        child.stdin.close()
 
 
 def draw(rng, ranks, p, q, dtype=F32, dtype_v=None):
@@ -335,9 +313,9 @@ def test_import_loads_neither_torch_nor_triton(tmp_path):
     printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path)
     assert printed == "set()\n"
     code = "import sys; sys.modules['triton'] = None; import mergeprobe_fast.kernels as k"
-    child = [sys.executable, "-c", f"{code}; k.block_gram"]
+    command = [sys.executable, "-c", f"{code}; k.block_gram"]
     error = subprocess.run(
-        child, text=True, capture_output=True, check=False, cwd=tmp_path
+        command, text=True, capture_output=True, check=False, cwd=tmp_path
     ).stderr
     assert "RuntimeError: the Triton backend needs the package triton, which is missing" in error
 
@@ -351,4 +329,4 @@ def test_no_device_is_one_clear_error(rng):
 
 
 if __name__ == "__main__":
-    serve()
+    program()

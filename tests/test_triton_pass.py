@@ -7,10 +7,6 @@ interpreter is on before triton is imported.
 from __future__ import annotations
 
 import mmap
-import os
-import pickle
-import subprocess
-import sys
 from functools import partial
 from itertools import pairwise, product
 
@@ -20,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from tolerances import LAMBDA, U32, U64  # noqa: E402
+from triton_child import DEVICE, child, moved, serve  # noqa: E402
 
 pytestmark = pytest.mark.triton
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -60,22 +57,19 @@ def plant(fault, launches, *arguments):
         yield kernel, grid, named
 
 
-def serve():
-    """The child process: pickled requests in, a tensor or the exception out."""
-    channel = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+def program():
+    """The child process: (name, arguments, options) in, (result, out) out."""
     from mergeprobe_fast.kernels import Rows, _pass_configs, block_gram, gram_modules
 
-    empty, launches = torch.empty, gram_modules.launches
-
-    def poisoned(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
+    launches = gram_modules.launches
+    assert gram_modules.INTERPRETED == (DEVICE == "cpu")
+    assert _pass_configs.INTERPRETER.block == 32
 
     def rows(side):
         if side is None or "starts_u" not in side:
             return side and Rows.pack(**side)
-        return Rows(**{k: far_apart() if x is None else x for k, x in side.items()}
+        far = moved(far_apart(), DEVICE) if any(x is None for x in side.values()) else None
+        return Rows(**{k: far if x is None else x for k, x in side.items()}
                     | {"weights": side["weights"]})  # fmt: skip
 
     def run(first, second, p, q, epilogues, *, fault=None, **options):
@@ -83,37 +77,24 @@ def serve():
         first, second = rows(first), rows(second)
         return gram_modules.gram_pass(first, second, p, q, epilogues, **options)
 
-    torch.empty = poisoned
-    for name, args, options in iter(partial(pickle.load, sys.stdin.buffer), None):
-        try:
-            assert gram_modules.INTERPRETED and _pass_configs.INTERPRETER.block == 32
-            answer = (block_gram if name == "block_gram" else run)(*args, **options)
-        except Exception as error:
-            answer = error
-        pickle.dump((answer, options.get("out")), channel)
-        channel.flush()
+    def handle(request):
+        name, args, options = request
+        answer = (block_gram if name == "block_gram" else run)(*args, **options)
+        return answer, options.get("out")
+
+    serve(handle)
 
 
 @pytest.fixture(scope="module")
 def interpreter():
     """``gram_pass`` in the interpreter; a side is a dict, of ``Rows`` or of ``Rows.pack``."""
-    child = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    with child(__file__) as ask:
 
-    def call(*args, name="gram_pass", **options):
-        pickle.dump((name, args, options), child.stdin)
-        child.stdin.flush()
-        answer, out = pickle.load(child.stdout)
-        if isinstance(answer, Exception):
-            raise answer
-        return (answer, out) if "out" in options else answer
+        def call(*args, name="gram_pass", **options):
+            answer, out = ask((name, args, options))
+            return (answer, out) if "out" in options else answer
 
-    with child:
         yield call
-        pickle.dump(None, child.stdin)
-        child.stdin.close()
 
 
 def draw(rng, ranks, p, q, dtype=F32, dtype_v=None):
@@ -390,4 +371,4 @@ def test_no_device_is_one_clear_error(rng):
 
 
 if __name__ == "__main__":
-    serve()
+    program()

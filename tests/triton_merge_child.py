@@ -14,24 +14,9 @@ import sys
 from functools import cache, partial
 
 import torch
+from triton_child import DEVICE, environment, moved
 
-DEVICE = os.environ.get("MERGEPROBE_TRITON_DEVICE", "cpu")
 WORST = {True: torch.nan, False: -(2**31)}  # of memory that nobody wrote
-
-
-def moved(x, device, seen):
-    """The same with all tensors on a device; one that occurs twice stays one."""
-    if isinstance(x, torch.Tensor):
-        if id(x) not in seen:
-            there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-            seen[id(x)] = there.copy_(x) if all(x.stride()) else x.to(device)
-        return seen[id(x)]
-    if isinstance(x, (list, tuple)):
-        parts = [moved(y, device, seen) for y in x]
-        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
-    if isinstance(x, dict):
-        return {key: moved(y, device, seen) for key, y in x.items()}
-    return x
 
 
 def plant(fault, arguments):
@@ -166,7 +151,7 @@ class Interpreter:
     def __init__(self):
         self.child = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, "TRITON_INTERPRET": str(int(DEVICE == "cpu"))},
+            env=environment(),
         )  # fmt: skip
 
     def batch(self, requests):

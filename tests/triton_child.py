@@ -1,0 +1,86 @@
+"""A child process in which Triton interprets its kernels, for the tests of kernels.
+
+The interpreter must be on before triton is imported, and another test may have imported it. With
+MERGEPROBE_TRITON_DEVICE=cuda the same tests run compiled, on that device.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+DEVICE = os.environ.get("MERGEPROBE_TRITON_DEVICE", "cpu")
+
+
+def moved(x: Any, device: str, seen: dict[int, torch.Tensor] | None = None) -> Any:
+    """The same with all tensors on a device; one that occurs twice stays one."""
+    seen = {} if seen is None else seen
+    if isinstance(x, torch.Tensor):
+        if id(x) not in seen:
+            there = x
+            if x.device.type not in (device, "meta"):
+                there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+                there = there.copy_(x) if all(x.stride()) else x.to(device)
+            seen[id(x)] = there
+        return seen[id(x)]
+    if isinstance(x, (list, tuple)):
+        parts = [moved(y, device, seen) for y in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    if isinstance(x, dict):
+        return {key: moved(y, device, seen) for key, y in x.items()}
+    return x
+
+
+def environment() -> dict[str, str]:
+    """Of the child."""
+    threads = {"OMP_NUM_THREADS": "1"} if DEVICE == "cpu" else {}
+    return {**os.environ, **threads, "TRITON_INTERPRET": str(int(DEVICE == "cpu"))}
+
+
+@contextmanager
+def child(program: str) -> Iterator[Callable[[Any], Any]]:
+    """``ask(request)``: what the handler of a program (a file) answers, or its exception."""
+    process = subprocess.Popen(
+        [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+    )
+
+    def ask(request: Any) -> Any:
+        pickle.dump(request, process.stdin)
+        process.stdin.flush()
+        answer = pickle.load(process.stdout)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with process:
+        yield ask
+        pickle.dump(None, process.stdin)
+        process.stdin.close()
+
+
+def serve(handle: Callable[[Any], Any]) -> None:
+    """In the child: requests with tensors on the device, memory that nobody wrote is NaN."""
+    channel = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = empty(*args, **kwargs)
+        return made.fill_(torch.nan if made.is_floating_point() else 77)
+
+    torch.empty = poisoned
+    for request in iter(partial(pickle.load, sys.stdin.buffer), None):
+        try:
+            answer = moved(handle(moved(request, DEVICE)), "cpu")
+        except Exception as error:
+            answer = error
+        pickle.dump(answer, channel)
+        channel.flush()
