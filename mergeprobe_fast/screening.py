@@ -123,8 +123,9 @@ def pair_features(
             blocks, the columns of every family that takes more than a moment, and every half
             minute what the slowest of these (entries, angles, channels, those of other tools) have
             added up. The same call goes on from there when it was killed and gives the same to
-            the bit; what another call left is not used. A family of your own is kept if it says
-            ``made_from``. Yours to remove.
+            the bit; what another call left is not used. Of your own, a family is kept if it says
+            ``made_from``, and blocks of pairs if every feature does. One process at a time. Yours
+            to remove.
         device: "cpu", "cuda", "cuda:1" or "auto", a CUDA device if one can be used: for canonical
             forms and the block Gram; everything else runs on the CPU.
         precision: of float32 products there: "highest", or "high", which rounds to tf32.

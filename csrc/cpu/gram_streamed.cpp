@@ -256,8 +256,9 @@ class Streamer {
         const double times = slab.tiles[k].times;
         for (i64 i = i0; i < i1; i++) {
           double* out = job.sum->out + i * g.out_stride;
-          const float* from = c.data() + (i - i0) * ld - j0;
-          for (i64 l = upper ? i : j0; l < j1; l++) out[l] += times * static_cast<double>(from[l]);
+          const float* from = c.data() + (i - i0) * ld;
+          for (i64 l = upper ? i : j0; l < j1; l++)
+            out[l] += times * static_cast<double>(from[l - j0]);
         }
       }
     });

@@ -1,6 +1,7 @@
 // P1 of large ranks: sum_ab w_a w'_b M[a,b] N[a,b] is <U_i^T W V_i, U_j^T W' V_j>, an inner product
 // of dense matrices, and with M*M or N*N one of symmetric ones, U^T W U or V^T W V. Their entries
 // are formed in tiles, of all blocks at a time, and Grams of the flattened tiles add up in float64.
+// Weights are at most 1 and not next to 0: products of them are float32.
 // With n blocks of rank r: n r pq + n^2 pq / 2 multiply-adds instead of n^2 r^2 (p + q) / 2.
 #pragma once
 #include <algorithm>

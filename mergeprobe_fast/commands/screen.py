@@ -68,6 +68,7 @@ def _entries(text: str) -> str | int:
 
 
 def run(options: argparse.Namespace) -> int:
+    from mergeprobe_fast.commands._kept import LeftOut, alone_in
     from mergeprobe_fast.engine.kept import kept_in, remove_blocks
     from mergeprobe_fast.features import select
     from mergeprobe_fast.io.atomic import AtomicFolder
@@ -91,9 +92,15 @@ def run(options: argparse.Namespace) -> int:
     beside = (options.calibration, options.probes, options.base)
     inputs += [path for path in beside if path is not None]
     out = Path(os.path.abspath(options.out))
-    blocks = out.with_name(f".{out.name}.blocks")
-    with AtomicFolder(options.out, options.overwrite, inputs=inputs, contents=CONTENTS) as folder:
-        result = None
+    # File names are limited to 255 bytes.
+    stem = os.fsencode(out.name)[:200].decode("utf-8", "ignore")
+    blocks = out.with_name(f".{stem}.blocks")
+    replaced = AtomicFolder(options.out, options.overwrite, inputs=inputs, contents=CONTENTS)
+    with replaced as folder, alone_in(blocks):
+        result, left_out = None, LeftOut(blocks, zoo) if options.skip_bad else None
+        for error in left_out.errors if left_out else ():
+            zoo = _without(zoo, error)
+            recorded = _recorded(zoo, probes, options)
         while result is None:
             try:
                 with progress_of(shown, steps(zoo, chosen), "modules") as advance:
@@ -107,11 +114,11 @@ def run(options: argparse.Namespace) -> int:
                 raise
             except InputError as error:
                 # What only the weights themselves show.
-                if not options.skip_bad:
+                if left_out is None:
                     raise
-                zoo = zoo.without(error)
+                zoo = _without(zoo, error)
                 recorded = _recorded(zoo, probes, options)
-                complain(f"left out: {error}")
+                left_out.add(error)
         report = screen_report(result, options.command_line)
         summary = write_screen(folder, result, report)
     remove_blocks(blocks)
@@ -121,6 +128,13 @@ def run(options: argparse.Namespace) -> int:
     print_screen_summary(report, shown, options.out)
     shown.print(f"{time.perf_counter() - started:.1f} s", style="dim")
     return OK
+
+
+def _without(zoo: Any, error: InputError) -> Any:
+    """The zoo less the adapter that an error names, and says so."""
+    zoo = zoo.without(error)
+    complain(f"left out: {error}")
+    return zoo
 
 
 def _costs(zoo: Any, chosen: Any, recorded: Any, threads: int | None) -> str:

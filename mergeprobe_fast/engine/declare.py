@@ -137,6 +137,9 @@ class Feature:
     missing: Callable[[Recorded], str | None] = lambda recorded: None
     by_default: bool = True  # else among "all" only, and by name: it costs much and says little
     over_modules: Callable[[Sums], np.ndarray] | None = None
+    # Of one that is not the package's, a version of its code: while that is the same, blocks of
+    # pairs with it may be kept (``keep`` of ``pair_features``). None: they are not.
+    made_from: str | None = None
 
 
 CHANNELS = ("out", "in")  # the products of channel energies

@@ -15,7 +15,7 @@ import numpy as np
 import mergeprobe_fast
 from mergeprobe_fast import _native
 from mergeprobe_fast.errors import InputError
-from mergeprobe_fast.io.atomic import is_temporary
+from mergeprobe_fast.io.atomic import as_input_error, is_temporary
 from mergeprobe_fast.io.atomic_file import AtomicFile
 from mergeprobe_fast.io.dtypes import STORAGE
 from mergeprobe_fast.io.safetensors import SafetensorsHeader, read_header, write
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _ENDING = ".safetensors"
 _COLUMN = "column:"
 _BLOCK = re.compile(r"\d+-\d+\.safetensors")
-_OTHERS = re.compile(r"(family|sums)-.+\.safetensors")
+_OTHERS = re.compile(r"(family|sums)-.*\.safetensors")
+LEFT_OUT = f"left-out{_ENDING}"  # what a command left out; see commands/_kept.py
 
 
 class Files:
@@ -39,20 +40,23 @@ class Files:
             a file is removed.
 
     Raises:
-        InputError: a folder with other files in it.
+        InputError: a folder with other files in it, or that cannot be read.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError("is not a folder", path=self.folder)
-        for path in self.paths():
-            if not (_BLOCK.fullmatch(path.name) or _OTHERS.fullmatch(path.name)):
+        try:
+            present = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", path=self.folder) from error
+        for path in present:
+            if not path.name.startswith(".") and not _ours(path.name):
                 raise InputError("does not belong among blocks of a pass", path=path)
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if is_temporary(path) and path.is_file():
-                    path.unlink(missing_ok=True)
+        for path in present:
+            if is_temporary(path) and path.is_file():
+                self.drop(path.name)
 
     def paths(self) -> Iterator[Path]:
         """Every file, by name."""
@@ -71,7 +75,7 @@ class Files:
                 return header
         except InputError:  # half a file, of a machine that went down
             pass
-        path.unlink(missing_ok=True)
+        self.drop(name)
         return None
 
     def put(
@@ -88,13 +92,33 @@ class Files:
 
     def drop(self, name: str) -> None:
         """Remove a file, if it is there."""
-        (self.folder / name).unlink(missing_ok=True)
+        path = self.folder / name
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise as_input_error(error, path) from error
+
+
+def storable(values: np.ndarray) -> bool:
+    """Whether an array can be kept."""
+    return values.dtype.newbyteorder("<") in STORAGE.values()
 
 
 def read_into(header: SafetensorsHeader, arrays: Mapping[str, np.ndarray]) -> None:
-    """Tensors of a file, into contiguous arrays of their shapes and dtypes."""
-    tensors = header.tensors
-    with header.stamp.path.open("rb", buffering=0) as file:
+    """Tensors of a file, into contiguous arrays of their shapes and dtypes.
+
+    Raises:
+        InputError: the file is no longer that of the header, as where another process keeps there.
+    """
+    tensors, stamp = header.tensors, header.stamp
+    try:
+        opened = stamp.path.open("rb", buffering=0)
+    except FileNotFoundError:
+        raise InputError("was removed by another process", path=stamp.path) from None
+    with opened as file:
+        found = os.fstat(file.fileno())
+        if (found.st_ino, found.st_mtime_ns) != (stamp.inode, stamp.mtime_ns):
+            raise InputError("was replaced by another process", path=stamp.path)
         for key, array in arrays.items():
             ref = tensors[key]
             if ref.shape != array.shape or STORAGE[ref.dtype] != array.dtype:
@@ -175,11 +199,16 @@ def _block_name(first: int, second: int) -> str:
     return f"{first}-{second}{_ENDING}"
 
 
+def _ours(name: str) -> bool:
+    """Whether a file has a name of one that is kept."""
+    return name == LEFT_OUT or any(kind.fullmatch(name) for kind in (_BLOCK, _OTHERS))
+
+
 def kept_in(folder: str | os.PathLike[str]) -> str:
     """What a folder has, in words; empty for nothing."""
-    names = [p.name for p in Path(folder).glob(f"*{_ENDING}") if not p.name.startswith(".")]
-    blocks = sum(_BLOCK.fullmatch(name) is not None for name in names)
-    others = len(names) - blocks
+    names = [p.name for p in Path(folder).glob(f"*{_ENDING}")]
+    blocks, others = (sum(kind.fullmatch(n) is not None for n in names)
+                      for kind in (_BLOCK, _OTHERS))  # fmt: skip
     said = [f"{blocks} blocks of pairs"] if blocks else []
     if others:
         said.append(f"{others} famil{'y' if others == 1 else 'ies'} of statistics")
@@ -189,8 +218,9 @@ def kept_in(folder: str | os.PathLike[str]) -> str:
 def remove_blocks(folder: str | os.PathLike[str]) -> None:
     """All that is kept in a folder, what a kill left of it, and the folder if nothing else is."""
     if Path(folder).is_dir():
-        for path in Path(folder).glob(f"*{_ENDING}*"):
-            path.unlink(missing_ok=True)
+        for path in Path(folder).iterdir():
+            if path.is_file() and (_ours(path.name) or is_temporary(path)):
+                path.unlink(missing_ok=True)
         with suppress(OSError):  # somebody else's file
             Path(folder).rmdir()
 
@@ -207,7 +237,7 @@ def made_from(
     told = _Digest()
     told(mergeprobe_fast.__version__, _native.isa(), profile)
     for f in features:
-        told(f.name, [str(n) for n in f.needs], f.definition)
+        told(f.name, [str(n) for n in f.needs], f.definition, f.made_from, f.per_module, f.bounded)
     for adapter in zoo:
         files = {ref.file for m in adapter.modules.values() for ref in (m.a, m.b)}
         told(adapter.name, sorted((f.size, f.mtime_ns, f.inode) for f in files))
@@ -223,6 +253,18 @@ def made_from(
         told([(s.stamp.path.name, s.stamp.size, s.stamp.mtime_ns, s.stamp.inode)
               for s in recorded.base.shards])  # fmt: skip
     return told.hexdigest()
+
+
+def keepable(features: Sequence[Feature]) -> bool:
+    """Whether blocks can be kept: of a feature of a caller's own, whose ``finish`` may be another
+    one by now, only if it says what that follows from."""
+
+    def ours(function: Callable | None) -> bool:
+        package = getattr(function, "__module__", "").partition(".")[0]
+        return function is None or package == mergeprobe_fast.__name__
+
+    return all(f.made_from is not None or (ours(f.finish) and ours(f.over_modules))
+               for f in features)  # fmt: skip
 
 
 def digest(*facts: Any) -> str:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 
 import numpy as np
 
-from mergeprobe_fast.engine.kept import Files, read_into, tensors_of
+from mergeprobe_fast.engine.kept import Files, read_into, storable, tensors_of
 from mergeprobe_fast.io.safetensors import SafetensorsHeader
 
 # Between two writes: so much work is lost by a kill. A write that takes long is rarer, so that
@@ -76,7 +76,7 @@ class KeptFamily:
     """
 
     def __init__(self, files: Files | None, name: str, made_from: str) -> None:
-        name = re.sub(r"[^\w.-]", "_", name)
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:100]
         self._files, self._made_from = files, made_from
         self._name, self._sums_name = f"family-{name}.safetensors", f"sums-{name}.safetensors"
         self.sums = Sums(files, self._sums_name, made_from)
@@ -90,9 +90,10 @@ class KeptFamily:
         return tensors_of(header)
 
     def put(self, values: Mapping[str, np.ndarray], seconds: float) -> None:
-        """Keep all values, which took ``seconds``; its sums are no longer needed."""
+        """Keep all values, which took ``seconds``; its sums are no longer needed. Text and what
+        else has no dtype of safetensors is not kept."""
         if self._files is None:
             return
-        if seconds >= WORTH or self.sums.step:
+        if (seconds >= WORTH or self.sums.step) and all(map(storable, values.values())):
             self._files.put(self._name, self._made_from, values, {})
         self._files.drop(self._sums_name)

@@ -22,7 +22,7 @@ from mergeprobe_fast.engine.declare import DOT, Feature, Need
 from mergeprobe_fast.engine.device import CHUNK_BYTES as DEVICE_BYTES
 from mergeprobe_fast.engine.device import DeviceForms, result_bytes
 from mergeprobe_fast.engine.grams import ChunkGrams
-from mergeprobe_fast.engine.kept import Done, Kept, made_from
+from mergeprobe_fast.engine.kept import Done, Kept, keepable, made_from
 from mergeprobe_fast.engine.samples import Samples
 from mergeprobe_fast.recorded import NOTHING, Recorded
 from mergeprobe_fast.zoo import Zoo, short_labels
@@ -75,8 +75,9 @@ def run(
 
     ``progress`` is called with the number of modules done since the last call; the total is
     :func:`steps`. ``keep``: a folder for the block pairs that are done, if there are several; those
-    of the same pass in it are not computed again. It is left for the caller to remove. ``device``:
-    from :func:`mergeprobe_fast.ops.open_device`; None: the CPU.
+    of the same pass in it are not computed again. It is left for the caller to remove, and not used
+    where a feature of the caller's own has no ``made_from``. ``device``: from
+    :func:`mergeprobe_fast.ops.open_device`; None: the CPU.
 
     Raises:
         InputError: a file that changed, a factor that is not finite, a module that the calibration
@@ -89,7 +90,7 @@ def run(
     spectra = _Spectra(zoo)
     layers = list(dict.fromkeys(m.layer for m in zoo.modules))
     kept = None
-    if keep is not None and len(blocks) > 1:
+    if keep is not None and len(blocks) > 1 and keepable(features):
         where = "" if device is None else f"-{device.label}"
         kept = Kept(keep, f"{made_from(zoo, features, recorded, profile)}-{len(blocks)}{where}")
     finished: list[Done] = []

@@ -114,7 +114,7 @@ def select(features: Request | Sequence[Request], recorded: Recorded = NOTHING) 
 
     Raises:
         InputError: a name that does not exist (the message lists those that do), or that needs
-            what is missing.
+            what is missing; two families of one name that are computed in different ways.
     """
     if isinstance(features, Request):
         features = [features]
@@ -152,6 +152,7 @@ def select(features: Request | Sequence[Request], recorded: Recorded = NOTHING) 
             if chosen.setdefault(f.name, f) is not f:
                 raise InputError(f"two features are called {f.name!r}", key="features")
         families += [f for f in more if f not in families]
+    _refuse_namesakes(families)
     everything = "all" in groups
     return Selection(
         [f for f in chosen.values() if isinstance(f, Feature)],
@@ -207,6 +208,15 @@ def _of_group(
         if f.missing(recorded) is None and (f.by_default or group == "all")
     ]  # fmt: skip
     return [*on_tiles, *(c for f in families for c in f.pairs)], families
+
+
+def _refuse_namesakes(families: Sequence[Family]) -> None:
+    """Families of one name are parts of one, and are computed once."""
+    first: dict[str, Family] = {}
+    for f in families:
+        other = first.setdefault(f.name, f)
+        if (f.compute, f.from_spectra) != (other.compute, other.from_spectra):
+            raise InputError(f"two families are called {f.name!r}", key="features")
 
 
 def _crosswalk_families() -> list[Family]:
