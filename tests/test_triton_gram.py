@@ -105,17 +105,25 @@ def definition(stacks, scale=None, scale2=None, reduce="both", of=lambda x: x):
     return product
 
 
+# Of a product of two Grams of float32: three tf32 products each, good to 2^-20. The tensor core may
+# cut its sums off instead of rounding them: n u then, not sqrt(n) u.
+ON_DEVICE = 2 * 2.0**-20
+
+
 def allowed(stacks, accumulate="fp32", **options):
     """Error allowed per entry: LAMBDA sqrt(n) u of the same sum over absolute values.
 
     n counts the roundings a term goes through in the worst order: p and q additions for its two
     Grams, one product, r r2 additions for its segment pair, two scalings. In float64 numpy's own
-    sum rounds as often, and that is the sqrt(2).
+    sum rounds as often, and that is the sqrt(2). On a device: see `ON_DEVICE`.
     """
     widest = [int(x.diff().max()) if len(x) > 1 else 0 for x in (stacks * 2)[2:6:3]]
     n = stacks[0].shape[1] + stacks[1].shape[1] + widest[0] * widest[1] + 3
+    whole = definition(stacks, of=np.abs, **options)
+    if DEVICE != "cpu" and accumulate == "fp32":
+        return (ON_DEVICE + n * U32) * whole
     unit = U32 if accumulate == "fp32" else U64 * 2**0.5
-    return LAMBDA * n**0.5 * unit * definition(stacks, of=np.abs, **options)
+    return LAMBDA * n**0.5 * unit * whole
 
 
 def check(interpreter, *stacks, accumulate="fp32", fault=None, **options):
@@ -264,6 +272,7 @@ def test_the_bound_can_fail(rng, interpreter, fault):
             check(interpreter, *stacks, fault=fault)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="checks on the host: texts and views are the CPU's")
 def test_errors_name_the_argument(rng, interpreter):
     U, V, offsets = draw(rng, (3, 2), 6, 4)
     for match, change in {
@@ -326,6 +335,18 @@ def test_no_device_is_one_clear_error(rng):
 
     with pytest.raises(RuntimeError, match="needs a CUDA device, and torch sees none"):
         block_gram(*draw(rng, (2, 3), 6, 4))
+
+
+def test_a_device_out_of_memory_is_not_called_missing(rng, monkeypatch):
+    from mergeprobe_fast import ops
+    from mergeprobe_fast.kernels import gram
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gram, "block_gram", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        ops.block_gram(*draw(rng, (2, 3), 6, 4), backend="triton")
 
 
 if __name__ == "__main__":

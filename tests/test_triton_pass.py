@@ -15,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 triton = pytest.importorskip("triton", reason="triton is not installed")
+from test_triton_gram import ON_DEVICE  # noqa: E402
 from tolerances import LAMBDA, U32, U64  # noqa: E402
 from triton_child import DEVICE, child, moved, serve  # noqa: E402
 
@@ -138,13 +139,17 @@ def allowed(first, second, p, q, epilogues, accumulate="fp32"):
     """Error allowed per entry: LAMBDA sqrt(n) u of the same sum over absolute values.
 
     n counts the roundings of a term: those of its two Grams, r r2 additions, a product and two
-    weights. In float64 the definition itself rounds as often, and that is the sqrt(2).
+    weights. In float64 the definition itself rounds as often, and that is the sqrt(2). On a device:
+    as in test_triton_gram.py.
     """
     widest = [max((np.diff(b).max(initial=0) for b in side["bounds"]), default=0)
               for side in (first, second or first)]  # fmt: skip
     n = 2 * max(*p, *q) + int(widest[0] * widest[1]) + 5
+    whole = definition(first, second, epilogues, of=np.abs)
+    if DEVICE != "cpu" and accumulate == "fp32":
+        return (ON_DEVICE + n * U32) * whole
     unit = U32 if accumulate == "fp32" else U64 * 2**0.5
-    return LAMBDA * n**0.5 * unit * definition(first, second, epilogues, of=np.abs)
+    return LAMBDA * n**0.5 * unit * whole
 
 
 def check(interpreter, first, second, p, q, epilogues, **options):
@@ -329,6 +334,7 @@ def test_the_bound_can_fail(rng, interpreter, fault):
         check(interpreter, first, second, p, q, [(UV, 0, 0), (VV, 1, -1)], fault=fault)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="checks on the host: texts and views are the CPU's")
 def test_errors_name_the_argument(rng, interpreter):
     p, q = [6, 20], [4, 5]
     first = draw(rng, [(3, 2), (1,)], p, q)

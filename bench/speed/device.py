@@ -110,18 +110,29 @@ def walled(call: Callable[[], Any]) -> Callable[[], SelfTimed]:
     return run
 
 
+def allow_tf32(on: bool) -> bool:
+    """Let torch multiply float32 in tf32, or not; whether it did before."""
+    flags = torch.backends.cuda.matmul
+    if not hasattr(flags, "fp32_precision"):  # torch before 2.9
+        before, flags.allow_tf32 = flags.allow_tf32, on
+        return before
+    # The older name raises where a program has used both.
+    before = flags.fp32_precision == "tf32"
+    flags.fp32_precision = "tf32" if on else "ieee"
+    return before
+
+
 def product(dtype: torch.dtype, size: int = LARGE, tf32: bool = False) -> Callable[[], Any]:
     """A large cuBLAS product: the ceiling of anything that multiplies."""
     a, b = (torch.randn(size, size, device=WHERE).to(dtype) for _ in range(2))
     out = torch.empty(size, size, dtype=dtype, device=WHERE)
 
     def call() -> torch.Tensor:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        before = allow_tf32(tf32)
         try:
             return torch.mm(a, b.T, out=out)
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            allow_tf32(before)
 
     return call
 

@@ -155,6 +155,8 @@ def _triton(U: Any, *arguments: Any, **options: Any) -> Any:
 
         return kernel(U, *arguments, **options)
     except (ImportError, RuntimeError) as error:
+        if type(error) is not RuntimeError and not isinstance(error, ImportError):
+            raise  # torch's own: the device is there, and out of memory, or failed
         raise BackendError(f"backend 'triton' is not available: {error}") from error
 
 

@@ -74,7 +74,7 @@ def _module(count: int, rank: int, width: int, kind: str, wanted: set[str]) -> I
     )
     offsets = torch.arange(0, count * rank + 1, rank)
     precision = "high" if kind == "tf32" else "highest"
-    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    device.allow_tf32(kind == "tf32")
 
     def reduced(m: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         rows, columns = len(m) // rank, m.shape[1] // rank

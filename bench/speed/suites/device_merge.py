@@ -112,7 +112,7 @@ def _cut(method: str, count: int, width: int) -> Iterator[Work]:
         (b.numpy(), a.numpy(), SCALE)
         for a, b in (f["m"] for f in adapters(count, {"m": (width, width)}, RANK))
     ]
-    there = Device().deltas([((b, "F32"), (a, "F32"), s) for b, a, s in made])
+    gpu = Device()
     weights = [1.0 / count] * count if method == "svd" else [1.0] * count
 
     def ours() -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +120,7 @@ def _cut(method: str, count: int, width: int) -> Iterator[Work]:
             form = ops.canonical([(b, a, s / count) for b, a, s in made], max_rank=RANK)
             k = form.rank
             return (form.left[:k].T * form.sigma[:k]).astype(np.float32), form.right[:k]
-        host = Deltas.of(made)
+        host, there = Deltas.of(made), gpu.deltas([((b, "F32"), (a, "F32"), s) for b, a, s in made])
         deltas = Deltas(host.segments, width, width, host, there)
         rule = _rule(ops.magnitude_thresholds(deltas, DENSITY))
         found = ops.merge_low_rank(deltas, weights, rule, RANK)
