@@ -92,7 +92,10 @@ def killing(*paths):
 os.replace = killing
 t.columns(t.mpf.open_zoo({str(folder)!r}), t.EVERYTHING, {str(keep)!r})
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # Not from the checkout, whose folder of the package may have no compiled module.
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(folder).parent
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

@@ -124,7 +124,7 @@ def test_two_screens_into_one_folder_are_refused_before_they_spoil_each_other(
 ):
     blocks = tmp_path / ".out.blocks"
     other = subprocess.Popen(
-        [sys.executable, "-c", FORKED, blocks], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", FORKED, blocks], stdout=subprocess.PIPE, text=True, cwd=tmp_path
     )
     command = ["screen", str(folder), "--out", str(tmp_path / "out"), "--json"]
     try:
