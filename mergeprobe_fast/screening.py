@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -161,6 +161,7 @@ def adapter_features(
     base: Folder | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: str = "cpu",
 ) -> AdapterTable:
     """One row per adapter: size, norm and spectrum of its whole delta.
 
@@ -172,11 +173,13 @@ def adapter_features(
             ``mergeprobe_fast.FEATURES``.
         base: folder of the base model, for how large updates are beside its weights: reads them
             all once, one tensor at a time.
+        device: as in :func:`pair_features`, for the canonical forms.
     """
+    opened = open_device(device)
     zoo = as_zoo(zoo)
     recorded = open_recorded(zoo, calibration, domains, probes, at, base)
     chosen = select_of_adapters(features, recorded)
-    return _of_adapters(zoo, recorded, chosen, threads, progress)
+    return _of_adapters(zoo, recorded, chosen, threads, progress, opened)
 
 
 def adapter_table(
@@ -199,9 +202,9 @@ def steps(zoo: Zoo, chosen: Selection) -> int:
 
 def _of_adapters(
     zoo: Zoo, recorded: Recorded, chosen: Selection, threads: int | None,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None] | None, device: Any = None,
 ) -> AdapterTable:  # fmt: skip
-    result = engine.run(zoo, [], threads=threads, progress=progress)
+    result = engine.run(zoo, [], threads=threads, progress=progress, device=device)
     found = family_values(
         zoo, chosen, recorded, result, of_pairs=False, of_adapters=True, threads=threads,
         progress=progress,

@@ -53,6 +53,11 @@ def features(zoo, **options) -> dict[str, np.ndarray]:
     return {n: np.asarray(found[n]) for n in found}
 
 
+def adapters(zoo, **options) -> dict[str, np.ndarray]:
+    found = mpf.adapter_features(zoo, threads=2, **options)
+    return {n: np.asarray(found[n]) for n in found}
+
+
 def merged(zoo, **options) -> dict[str, np.ndarray]:
     found = mpf.merge(zoo, threads=2, **options)
     return {
@@ -62,12 +67,7 @@ def merged(zoo, **options) -> dict[str, np.ndarray]:
     }
 
 
-def merged_into(zoo, **options) -> dict[str, np.ndarray]:
-    mpf.merge_into(zoo, threads=2, **options)
-    return {}
-
-
-TASKS = {"features": features, "merged": merged, "merged_into": merged_into}
+TASKS = {"adapters": adapters, "features": features, "merged": merged}
 
 
 def _plant_faults() -> Callable[[bool], None]:

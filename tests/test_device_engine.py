@@ -91,6 +91,18 @@ def test_what_the_device_has_no_kernel_for_reads_its_factors_on_the_cpu(on_devic
     assert worst(on_device(zoo, features="all"), want) <= 50 * BOUND
 
 
+def test_adapters_alone(tmp_path_factory, zoo):
+    with interpreter(tmp_path_factory.mktemp("alone")) as call:
+        got = call("adapters", zoo)
+    want = mpf.adapter_features(zoo, threads=1)
+    for name in want:
+        x, y = np.asarray(want[name]), got[name]
+        if x.dtype.kind == "f":
+            np.testing.assert_allclose(y, x, rtol=1e-9, err_msg=name)
+        else:
+            assert (x == y).all(), name
+
+
 def test_a_factor_that_is_not_finite_is_named(on_device, zoo):
     from safetensors.torch import load_file, save_file
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mergeprobe_fast import _env, _native
-from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.errors import BackendError, InputError
 
 _SIDE = (
     "cosines", "largest", "smallest", "angles", "sines", "halves", "gap", "logs", "aligned",
@@ -33,12 +33,15 @@ def singular_values(matrices: Any, *, threads: int | None = None) -> np.ndarray:
     to LAPACK, in the precision they come in.
 
     Args:
-        matrices: (count, m, n) float32 or float64, numpy or CPU torch.
+        matrices: (count, m, n) float32 or float64, numpy or torch; on a CUDA device they are
+            computed there, by Jacobi iterations, to 1e-14 of the largest.
         threads: default: MERGEPROBE_THREADS, or the cores.
 
     Raises:
         InputError: another shape or kind, or values that are not finite.
     """
+    if getattr(getattr(matrices, "device", None), "type", "cpu") == "cuda":
+        return _on_device(matrices)
     x = matrices.detach().cpu().numpy() if hasattr(matrices, "detach") else matrices
     if not isinstance(x, np.ndarray) or x.dtype not in (np.float32, np.float64):
         raise InputError("expected float32 or float64 arrays", key="matrices")
@@ -57,6 +60,19 @@ def singular_values(matrices: Any, *, threads: int | None = None) -> np.ndarray:
     out = np.empty((len(x), few))
     _native.core().small_singular_values(np.ascontiguousarray(x), out, threads, _native.isa())
     return out
+
+
+def _on_device(matrices: Any) -> np.ndarray:
+    try:
+        from mergeprobe_fast.kernels.canonical import singular_values as kernel
+    except (ImportError, RuntimeError) as error:
+        raise BackendError(f"singular values on a CUDA device: {error}") from error
+    if matrices.ndim != 3 or not matrices.is_floating_point():
+        got = f"{matrices.dtype} of {matrices.ndim} dimensions"
+        raise InputError(f"expected 3 dimensions of floats, got {got}", key="matrices")
+    if not bool(matrices.isfinite().all()):
+        raise InputError("holds NaN or infinite values", key="matrices")
+    return kernel(matrices).cpu().numpy()
 
 
 def _lapack(x: np.ndarray) -> np.ndarray:

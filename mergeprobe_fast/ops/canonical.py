@@ -10,6 +10,7 @@ from mergeprobe_fast import _env, _native
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.ops import reference
 from mergeprobe_fast.ops._tables import DTYPE_CODE, JOB, SEGMENT, address
+from mergeprobe_fast.ops.canonical_device import canonical_on_device
 from mergeprobe_fast.ops.reference import Canonical
 
 # Components are kept while sigma > max(RELATIVE * sigma_1, NOISE * size), size^2 the sum of the
@@ -25,15 +26,16 @@ def canonical(
     relative: float = RELATIVE,
     noise: float = NOISE,
     max_rank: int | None = None,
-    backend: Literal["cpu", "reference"] = "cpu",
+    backend: Literal["auto", "cpu", "triton", "reference"] = "auto",
 ) -> Canonical:
     """Canonical form of ``sum_i scale_i B_i A_i``: orthonormal rows and descending sigma.
 
     Args:
-        factors: (B (d_out, r_i), A (r_i, d_in), scale_i) per adapter, numpy or CPU torch.
+        factors: (B (d_out, r_i), A (r_i, d_in), scale_i) per adapter, numpy or torch.
         relative, noise: the rank rule, ``sigma > max(relative sigma_1, noise size)`` with
             ``size^2 = sum over units a of |s b_a|^2 |a_a|^2``.
         max_rank: keep at most this many components; ``sigma`` is complete all the same.
+        backend: "auto" takes "triton" for tensors on a CUDA device, else "cpu".
 
     Returns:
         ``left`` (rank, d_out), ``sigma``, ``right`` (rank, d_in), float64, and ``rank``. An
@@ -41,14 +43,18 @@ def canonical(
 
     Raises:
         InputError: shapes that disagree, or factors that are not finite.
+        BackendError: "triton" without torch and triton.
     """
-    if backend not in ("cpu", "reference"):
-        raise InputError(f"expected 'cpu' or 'reference', got {backend!r}", key="backend")
+    if backend not in ("auto", "cpu", "triton", "reference"):
+        known = "'auto', 'cpu', 'triton' or 'reference'"
+        raise InputError(f"expected {known}, got {backend!r}", key="backend")
     for name, value in (("relative", relative), ("noise", noise)):
         if not 0 <= value < float("inf"):
             raise InputError(f"must be finite and not negative, got {value!r}", key=name)
     if max_rank is not None and (not isinstance(max_rank, int) or max_rank < 0):
         raise InputError(f"must be an integer and not negative, got {max_rank!r}", key="max_rank")
+    if backend == "triton" or (backend == "auto" and _on_cuda(factors)):
+        return canonical_on_device(factors, relative, noise, max_rank)
     checked = _check(factors)
     rule = {"relative": relative, "noise": noise}
     if backend == "reference":
@@ -81,6 +87,13 @@ def canonical(
         )
     rank = int(job["rank"][0])
     return Canonical(left[:rank], sigma, right[:rank], rank)
+
+
+def _on_cuda(factors: Any) -> bool:
+    try:
+        return any(x.device.type == "cuda" for item in factors for x in item[:2])
+    except (AttributeError, TypeError):  # not torch, or not factors at all
+        return False
 
 
 def _check(factors: Any) -> list[tuple[np.ndarray, np.ndarray, float]]:
