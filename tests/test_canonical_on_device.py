@@ -1,4 +1,4 @@
-"""``ops.canonical`` and ``ops.singular_values`` where tensors lie: the device's code, on the CPU."""
+"""``ops.canonical`` and ``ops.singular_values`` of a device, in torch on CPU tensors."""
 
 from __future__ import annotations
 
