@@ -319,6 +319,7 @@ class Run {
   const GramOptions& options_;
   const GemmKernels<T>& gemm_;
   std::vector<Scratch<T>> scratch_;
+  // Not in huge pages: with glibc asking for them, 2 to 200 adapters took within 1.5% as long.
   Buffer<T> packed1_, packed2_;
 };
 
