@@ -176,16 +176,21 @@ def test_gauge_and_reference(rng, isa):
         np.testing.assert_allclose(other.b @ other.a, one.b @ one.a, atol=2e-3 * one.sigma[0])
 
 
-def test_fisher_reaches_low_rank(rng):
-    given = factors(rng, (120, 140), [4, 4])
+@pytest.mark.parametrize(("ranks", "rank"), [([8, 8], 5), ([4, 4], 3), ([4, 4], 5)])
+def test_fisher_reaches_low_rank(rng, ranks, rank):
+    given = factors(rng, (120, 140), ranks)
     fisher = [(abs(b), abs(a), 1.0) for b, a, _ in factors(rng, (120, 140), [3, 3])]
     rule = ElementwiseRule(combine="fisher", floor=0.1)
     merged = merge_dense(given, [1, 2], rule, fisher=fisher).astype(float)
-    got = merge_low_rank(given, [1, 2], rule, 5, fisher=fisher)
-    best = np.linalg.norm(np.linalg.svd(merged, compute_uv=False)[5:])
-    # Its spectrum has no gap, and passes end on an estimate of what more of them would gain: 1.3e-5
-    # was seen in eight seeds.
-    assert got.error == pytest.approx(best, rel=5 * bound("low_rank"))
+    got = merge_low_rank(given, [1, 2], rule, rank, fisher=fisher)
+    squares = np.square(np.linalg.svd(merged, compute_uv=False))
+    kept, left_out = squares[:rank].sum(), squares[rank:].sum()
+    allowed = bound("low_rank")
+    if kept > 20 * left_out:
+        # Passes end where the next would gain what float32 products round off of what is kept,
+        # 2^-22 of it; the ones after that would gain less each. 2.3e-5 in all in 150 seeds.
+        allowed += 4 * 2.0**-22 * kept / left_out / 2
+    assert got.error == pytest.approx(left_out**0.5, rel=allowed)
 
 
 @pytest.mark.parametrize(("options", "key"), [
