@@ -19,6 +19,9 @@ from triton_child import environment
 
 import mergeprobe_fast as mpf
 from mergeprobe_fast.engine import passes
+from mergeprobe_fast.merging.request import prepare
+from mergeprobe_fast.merging.source import ZooSource
+from mergeprobe_fast.ops.device import open_device
 
 
 @contextmanager
@@ -67,7 +70,18 @@ def merged(zoo, **options) -> dict[str, np.ndarray]:
     }
 
 
-TASKS = {"adapters": adapters, "features": features, "merged": merged}
+def dense_rows(zoo, device, method, **arguments) -> dict[str, np.ndarray]:
+    """What is added to base weights, in two pieces of rows."""
+    source = ZooSource(mpf.open_zoo(zoo))
+    chosen, request = prepare(source, method, device=open_device(device), arguments=arguments)
+    return {
+        f"{m.module.name}: {first}": m.rows(first, last).copy()
+        for m in chosen.dense(request)
+        for first, last in ((0, 5), (5, m.module.d_out))
+    }
+
+
+TASKS = {"adapters": adapters, "dense_rows": dense_rows, "features": features, "merged": merged}
 
 
 def _plant_faults() -> Callable[[bool], None]:

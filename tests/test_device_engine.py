@@ -118,6 +118,18 @@ def test_a_factor_that_is_not_finite_is_named(on_device, zoo):
     assert str(here.value) == str(there.value) and key in str(here.value)
 
 
+def test_an_absurd_update_is_named_as_on_the_cpu(on_device, tmp_path):
+    names = {"m.0.x": (9, 8, 2)}
+    make_adapter(tmp_path / "zoo" / "a", names)
+    factors = {"m.0.x": (np.full((2, 8), 1e31), np.full((9, 2), 1e31))}
+    make_adapter(tmp_path / "zoo" / "b", names, factors=factors)
+    with pytest.raises(mpf.InputError, match="absurdly large") as there:
+        mpf.pair_features(tmp_path / "zoo", threads=1)
+    with pytest.raises(mpf.InputError) as here:
+        on_device(tmp_path / "zoo")
+    assert str(here.value) == str(there.value)
+
+
 def test_blocks_kept_by_the_cpu_are_not_taken_for_those_of_the_device(on_device, zoo, tmp_path):
     keep, sizes = tmp_path / "keep", {"PAIR_BYTES": 1}
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ pytest.importorskip("torch", reason="the device runs torch")
 pytest.importorskip("triton", reason="triton is not installed")
 
 from adapters import make_adapter
-from device_child import interpreter, merged
+from device_child import dense_rows, interpreter, merged
 
 import mergeprobe_fast as mpf
 
@@ -71,6 +71,14 @@ def test_the_device_merges_as_the_cpu_does(on_device, zoo, name):
     options = {"method": name, **METHODS[name]}
     got, want = on_device("merged", zoo, **options), merged(zoo, **options)
     assert off(got, want) <= BOUND, {n: np.abs(got[n] - want[n]).max() for n in want}
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear"])
+def test_rows_for_base_weights(on_device, zoo, method):
+    got, want = on_device("dense_rows", zoo, method=method), dense_rows(zoo, "cpu", method)
+    assert set(got) == set(want)
+    for name, x in want.items():
+        assert x.size and np.abs(got[name] - x).max() <= BOUND * max(np.abs(x).max(), 1e-30), name
 
 
 def test_wrong_thresholds_are_noticed(on_device, zoo):
