@@ -75,7 +75,7 @@ def screen(
     )  # fmt: skip
     found = family_values(
         zoo, chosen, recorded, result, of_pairs=True, of_adapters=True, threads=threads,
-        progress=progress, keep=keep,
+        progress=progress, keep=keep, device=opened,
     )  # fmt: skip
     adapters = _adapter_table(zoo, result, chosen, found.adapters)
     pairs = _pair_table(zoo, result, chosen, found.pairs)
@@ -145,7 +145,7 @@ def pair_features(
     )  # fmt: skip
     found = family_values(
         zoo, chosen, recorded, result, of_pairs=True, of_adapters=False, threads=threads,
-        progress=progress, keep=keep,
+        progress=progress, keep=keep, device=opened,
     )  # fmt: skip
     return _pair_table(zoo, result, chosen, found.pairs)
 
@@ -207,7 +207,7 @@ def _of_adapters(
     result = engine.run(zoo, [], threads=threads, progress=progress, device=device)
     found = family_values(
         zoo, chosen, recorded, result, of_pairs=False, of_adapters=True, threads=threads,
-        progress=progress,
+        progress=progress, device=device,
     )  # fmt: skip
     return _adapter_table(zoo, result, chosen, found.adapters)
 

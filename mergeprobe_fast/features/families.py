@@ -18,6 +18,7 @@ from mergeprobe_fast.engine.kept import Files, digest, made_from
 from mergeprobe_fast.engine.kept_sums import KeptFamily, keeping_sums
 from mergeprobe_fast.features import Family, Selection
 from mergeprobe_fast.features.declare import AdapterColumn, PairColumn, Spectra
+from mergeprobe_fast.ops.device import computing_on
 from mergeprobe_fast.recorded import Recorded
 from mergeprobe_fast.zoo import Zoo
 
@@ -40,12 +41,14 @@ def family_values(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     keep: str | os.PathLike[str] | None = None,
+    device: Any = None,
 ) -> Values:
     """The columns of all chosen families, of pairs, of adapters, or of both.
 
     ``progress`` gets the modules of the zoo once for every family that goes over it. ``keep``: a
     folder for the columns of families that take long (those with ``made_from``), and for what the
-    slowest have added up so far. A family of which no column is wanted is not computed.
+    slowest have added up so far. A family of which no column is wanted is not computed. ``device``:
+    from :func:`mergeprobe_fast.ops.open_device`; families find it by ``current_device``.
 
     Raises:
         InputError: as the families do; other files in ``keep``, or no room there.
@@ -61,12 +64,12 @@ def family_values(
         own = [c for f in same for c in f.adapters if chosen.takes(c)] if of_adapters else []
         kept = KeptFamily(None, "", "")
         if files is not None and family.made_from is not None:
-            kept = KeptFamily(files, name, _made_from(seen, family, pairs, own, result))
+            kept = KeptFamily(files, name, _made_from(seen, family, pairs, own, result, device))
         with _told(zoo, progress) if family.compute is not None else nullcontext():
             found = kept.get() if pairs or own else {}
             if found is None:
                 started = time.monotonic()
-                with _env.one_blas_thread(), keeping_sums(kept.sums):
+                with _env.one_blas_thread(), keeping_sums(kept.sums), computing_on(device):
                     data = _compute(family, zoo, recorded, result, count)
                 found = _finished(data, pairs, own, result)
                 kept.put(found, time.monotonic() - started)
@@ -77,13 +80,14 @@ def family_values(
 
 def _made_from(
     seen: str, family: Family, pairs: list[PairColumn], own: list[AdapterColumn],
-    result: PassResult,
+    result: PassResult, device: Any,
 ) -> str:  # fmt: skip
     columns = [(c.name, c.definition) for c in (*pairs, *own)]
     spectra = None
     if family.from_spectra is not None:  # which another device rounds otherwise
         spectra = hashlib.sha256(result.sigma.tobytes() + result.rank.tobytes()).hexdigest()
-    return digest(seen, family.name, family.made_from, len(pairs), columns, spectra)
+    where = () if device is None else (device.label,)
+    return digest(seen, family.name, family.made_from, len(pairs), columns, spectra, *where)
 
 
 def _compute(

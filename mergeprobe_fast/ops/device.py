@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 from mergeprobe_fast.errors import BackendError, InputError
 
 log = logging.getLogger("mergeprobe_fast")
 Precision = Literal["highest", "high"]
+_current: ContextVar[Any] = ContextVar("device", default=None)
+
+
+@contextmanager
+def computing_on(device: Any) -> Iterator[None]:
+    """While the block runs, :func:`current_device` is ``device``, in this thread."""
+    token = _current.set(device)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_device() -> Any:
+    """What families of columns compute on: from :func:`open_device`; None: the CPU.
+
+    Threads that a caller starts do not see it: read it once, before.
+    """
+    return _current.get()
 
 
 def open_device(name: str = "cpu", precision: Precision = "highest") -> Any | None:
