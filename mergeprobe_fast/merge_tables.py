@@ -48,6 +48,7 @@ class MergeTables:
     base: Slopes | None
     own: Mapping[str, np.ndarray]  # (N,) numbers of single adapters, by their names
     threads: int
+    device: Any = None  # from ops.open_device
 
     @property
     def level(self) -> Level:
@@ -247,25 +248,30 @@ def merge_tables(
     *,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: Any = None,
 ) -> MergeTables:
     """What all merges of a zoo's adapters are judged from, in one pass over the zoo.
 
     Memory: 1 + 2 D matrices (N, N) of float64 with a calibration of D domains, and with points
-    four times N x texts x N.
+    four times N x texts x N. ``device``: from :func:`mergeprobe_fast.ops.open_device`, or None.
 
     Raises:
         InputError: a file that changed, a factor that is not finite, a calibration or points of
             other adapters.
     """
     threads = _env.threads_or_default(threads)
-    sums = totals(zoo, recorded.calibration, threads=threads, progress=progress)
+    sums = totals(
+        zoo, recorded.calibration, threads=threads, progress=progress, device=device
+    )
     # One feature of pairs of each family whose numbers of adapters are wanted.
     wanted = []
     if lacks_output_moments(recorded) is None:
         wanted.append("disturbance_median_a_by_b")
     if recorded.points is not None:
         wanted.append("damage_trained_a_by_b")
-    own = adapter_table(zoo, recorded, wanted, threads=threads, progress=progress)
+    own = adapter_table(
+        zoo, recorded, wanted, threads=threads, progress=progress, device=device
+    )
     unknown = np.full(len(zoo), np.nan)
     numbers = {c.name: np.asarray(own.get(c.name, unknown), np.float64) for c in OWN}
     domain_of, trained, base = None, None, None
@@ -278,4 +284,4 @@ def merge_tables(
             points = recorded.points
             trained = slopes_of(zoo, points, keys)
             base = slopes_of(zoo, points, [k if k in points.points else None for k in at_base])
-    return MergeTables(zoo, recorded, sums, domain_of, trained, base, numbers, threads)
+    return MergeTables(zoo, recorded, sums, domain_of, trained, base, numbers, threads, device)

@@ -13,6 +13,7 @@ from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merge_tables import MergeTables, merge_tables
 from mergeprobe_fast.merging.merge import merge
 from mergeprobe_fast.merging.registry import MERGE_METHODS
+from mergeprobe_fast.ops.device import open_device
 from mergeprobe_fast.recorded import open_recorded
 from mergeprobe_fast.sets import member_sets
 from mergeprobe_fast.table import MergeTable
@@ -57,6 +58,7 @@ def merge_features(
     domains: Mapping[str, str] | Sequence[str] | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: Any = "cpu",
 ) -> MergeTable:
     """One row per merge and member: what the merge would do to it.
 
@@ -75,18 +77,21 @@ def merge_features(
         domains: the calibration domain of every adapter, in order or by name; by default what
             their names begin with.
         progress: called with the number of modules done since the last call, then of merges run.
+        device: "cpu", "cuda", "cuda:1" or "auto", as :func:`mergeprobe_fast.pair_features` has it.
 
     Raises:
         InputError: an unknown adapter, method or name of weights, an adapter twice in one merge,
             weights that do not fit or need a calibration; and as ``merge`` does.
+        BackendError: the device cannot be used here.
     """
+    opened = open_device(device)
     zoo = as_zoo(zoo)
     recorded = open_recorded(zoo, calibration, domains)
     wanted = [m if isinstance(m, Merge) else Merge(m, weights="one") for m in merges]
     members = member_sets(zoo, [m.members for m in wanted])
     for row, m in enumerate(wanted):
         _check(m, f"merges[{row}]", recorded.calibration is None)
-    tables = merge_tables(zoo, recorded, threads=threads, progress=progress)
+    tables = merge_tables(zoo, recorded, threads=threads, progress=progress, device=opened)
     weights = _all_weights(tables, wanted, members)
     sums = np.array([m.is_sum for m in wanted])
     columns = tables.features(members, np.where(np.isnan(weights), 0.0, weights))
@@ -172,4 +177,4 @@ def _run(tables: MergeTables, m: Merge, members: np.ndarray, weights: np.ndarray
                     "domains": [tables.recorded.domains[i] for i in own]}  # fmt: skip
     given = None if m.weights is None else weights[: len(own)].tolist()
     return own, merge(zoo, m.method, given, m.rank, dtype="F32", threads=tables.threads,
-                      **recorded, **m.arguments)  # fmt: skip
+                      device=tables.device, **recorded, **m.arguments)  # fmt: skip

@@ -189,9 +189,13 @@ def adapter_table(
     *,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: Any = None,
 ) -> AdapterTable:
-    """The same of an opened zoo, with what belongs to these features of pairs and no more."""
-    return _of_adapters(zoo, recorded, select(features, recorded), threads, progress)
+    """The same of an opened zoo, with what belongs to these features of pairs and no more.
+
+    ``device``: from :func:`mergeprobe_fast.ops.open_device`; None: the CPU.
+    """
+    return _of_adapters(zoo, recorded, select(features, recorded), threads, progress, device)
 
 
 def steps(zoo: Zoo, chosen: Selection) -> int:

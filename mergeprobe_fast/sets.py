@@ -12,6 +12,7 @@ import numpy as np
 from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.features.sets import SetRequest, select_sets
+from mergeprobe_fast.ops.device import open_device
 from mergeprobe_fast.recorded import open_recorded
 from mergeprobe_fast.table import SetTable
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo
@@ -33,6 +34,7 @@ def set_features(
     size: int | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: Any = "cpu",
 ) -> SetTable:
     """One row per set of adapters: what ``M = sum_j w_j W_j`` would be, and what could be better.
 
@@ -51,6 +53,7 @@ def set_features(
         domains: the calibration domain of every adapter, in order or by name; by default what
             their names begin with.
         progress: called with the number of modules done since the last call, in every pass.
+        device: "cpu", "cuda", "cuda:1" or "auto", as :func:`mergeprobe_fast.pair_features` has it.
 
     Returns:
         A :class:`.SetTable`; ``per_member`` has "weights" and what each member has.
@@ -58,14 +61,17 @@ def set_features(
     Raises:
         InputError: an unknown adapter or feature, an adapter twice in one set, weights that do not
             fit, something that a named feature needs and is missing.
+        BackendError: the device cannot be used here.
     """
+    opened = open_device(device)
     zoo = as_zoo(zoo)
     recorded = open_recorded(zoo, calibration, domains)
     chosen = select_sets(features, recorded)
     index = member_sets(zoo, members, size)
     request = SetRequest(
-        zoo, recorded, index, _weights(weights, index), _env.threads_or_default(threads), progress
-    )
+        zoo, recorded, index, _weights(weights, index), _env.threads_or_default(threads), progress,
+        opened,
+    )  # fmt: skip
     there = index >= 0
     columns: dict[str, np.ndarray] = {}
     per_member = {"weights": np.where(there, request.weights, np.nan)}

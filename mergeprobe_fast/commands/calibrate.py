@@ -16,6 +16,7 @@ from mergeprobe_fast.commands._common import (
     named_values,
     print_json,
     progress_of,
+    runs_on,
     writes,
 )
 from mergeprobe_fast.errors import InputError
@@ -75,6 +76,7 @@ def add(command: AddCommand) -> None:
         help="to compute in (default float32)",
     )  # fmt: skip
     writes(sub)
+    runs_on(sub)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -91,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
         outputs=options.outputs, adapters=zoo,
         domains=named_values(options.domains, "--domain") or None,
         modules=options.modules, dtype=options.dtype, threads=options.threads,
+        device=options.device,
     )  # fmt: skip
     plan.check_out(options.out, overwrite=options.overwrite)
     if shown is not None:

@@ -23,6 +23,7 @@ from mergeprobe_fast.commands._common import (
     print_json,
     progress_of,
     reads_recorded,
+    runs_on,
     writes,
 )
 from mergeprobe_fast.errors import InputError
@@ -78,6 +79,7 @@ def add(command: AddCommand) -> None:
         "--measured", type=Path, metavar="FILE", help="that table, filled in: fit to it first"
     )
     writes(sub)
+    runs_on(sub)
     opens(sub)
 
 
@@ -115,6 +117,7 @@ def run(options: argparse.Namespace) -> int:
                         actions=actions, measured=options.measured, threads=options.threads,
                         costly=COSTLY if options.costly is None else options.costly,
                         resident=options.resident, reading=reading, progress=told,
+                        device=options.device,
                     )  # fmt: skip
             except InputError as error:
                 if not options.skip_bad:
@@ -131,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
             with progress_of(shown, len(found.groups) + 1, "groups") as advance:
                 served = found.apply(
                     folder / APPLIED_NAME, zoo, max_rank=options.max_rank,
-                    threads=options.threads, progress=advance, **given,
+                    threads=options.threads, progress=advance, device=options.device, **given,
                 )  # fmt: skip
     if served is not None:  # it was written under another name
         served = replace(served, path=options.out / APPLIED_NAME)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,7 @@ def totals(
     *,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: Any = None,
 ) -> Totals:
     """Grams of a zoo in float64 throughout, from the factors as they are stored.
 

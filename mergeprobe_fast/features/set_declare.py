@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class SetRequest:
     weights: np.ndarray  # (sets, widest)
     threads: int
     progress: Callable[[int], None] | None = None
+    device: Any = None  # from ops.open_device
     _totals: Totals | None = field(default=None, repr=False)
 
     @property
@@ -36,8 +37,9 @@ class SetRequest:
             from mergeprobe_fast.engine.totals import totals
 
             self._totals = totals(
-                self.zoo, self.recorded.calibration, threads=self.threads, progress=self.progress
-            )
+                self.zoo, self.recorded.calibration, threads=self.threads, progress=self.progress,
+                device=self.device,
+            )  # fmt: skip
         return self._totals
 
     @property

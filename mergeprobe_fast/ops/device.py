@@ -34,11 +34,12 @@ def current_device() -> Any:
     return _current.get()
 
 
-def open_device(name: str = "cpu", precision: Precision = "highest") -> Any | None:
+def open_device(name: Any = "cpu", precision: Precision = "highest") -> Any | None:
     """The CUDA device of that name, or None for the CPU.
 
     Args:
-        name: "cpu"; "cuda" or "cuda:1"; "auto": the current CUDA device if one can be used.
+        name: "cpu"; "cuda" or "cuda:1"; "auto": the current CUDA device if one can be used; or what
+            this function returned before, which it returns again.
         precision: of products of float32 on a CUDA device: "highest" is good to 2^-20 of each,
             "high" rounds factors to tf32 (2^-10) and is several times as fast.
 
@@ -46,6 +47,8 @@ def open_device(name: str = "cpu", precision: Precision = "highest") -> Any | No
         InputError: another name.
         BackendError: no such device can be used here; "auto" says so in the log instead.
     """
+    if name is None or hasattr(name, "copies"):  # opened before
+        return name
     if not isinstance(name, str) or not re.fullmatch(r"cpu|auto|cuda(:\d+)?", name):
         raise InputError(f"expected cpu, cuda, cuda:<number> or auto, got {name!r}", key="device")
     if precision not in ("highest", "high"):

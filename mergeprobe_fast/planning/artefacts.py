@@ -24,6 +24,7 @@ from mergeprobe_fast.io.formats import open_adapter
 from mergeprobe_fast.io.router_file import ROUTER_NAME, ROUTER_TENSORS, write_router
 from mergeprobe_fast.merging import MERGE_METHODS
 from mergeprobe_fast.merging.merge import open_given
+from mergeprobe_fast.ops.device import computing_on, open_device
 from mergeprobe_fast.planning import vllm
 from mergeprobe_fast.planning.plan_types import Group
 from mergeprobe_fast.planning.resident import folder_name, kept_of, resident_name, write_resident
@@ -64,6 +65,7 @@ def apply_plan(
     overwrite: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: Any = "cpu",
 ) -> Served:
     """Write everything that a plan decides, as a folder that appears whole or not at all.
 
@@ -79,6 +81,7 @@ def apply_plan(
             memory for the highest rank of all.
         progress: called with the number of groups done since the last call; one more at the end,
             for the router.
+        device: "cpu", "cuda", "cuda:1" or "auto", as :func:`mergeprobe_fast.pair_features` has it.
 
     Returns:
         What ``adapters.json`` says; its ``vllm_command`` starts vLLM on ``folder``.
@@ -87,7 +90,9 @@ def apply_plan(
         InputError: ``folder`` exists (without ``overwrite``) or cannot be written, a plan of no
             or other adapters, an adapter that changed since the plan was made, a merge that is
             refused, adapters that PEFT has no names for.
+        BackendError: the device cannot be used here.
     """
+    there = open_device(device)
     groups = tuple(plan.groups)
     folders = _check(groups, zoo, max_rank)
     check_unchanged(getattr(plan, "adapters", ()), zoo, threads)
@@ -102,7 +107,7 @@ def apply_plan(
             members = [by_name[member] for member in group.members]
             given = _given(group, opened, belongs, zoo)
             residents.append(write_resident(
-                group, members, temporary, name, given, max_rank, threads
+                group, members, temporary, name, {**given, "device": there}, max_rank, threads
             ))  # fmt: skip
             if progress:
                 progress(1)
@@ -113,7 +118,8 @@ def apply_plan(
             kept = {m: r for g in groups for m, r in zip(g.members, kept_of(g), strict=True)}
             held = {r.name: [m.name for m in r.members] for r in residents}
             requests = Requests(opened, answers_of(zoo, belongs, held, kept))
-        info, tensors = build_router(resident_zoo, requests, threads=threads)
+        with computing_on(there):
+            info, tensors = build_router(resident_zoo, requests, threads=threads)
         write_router(temporary, info, tensors)
         calibrated = getattr(plan, "calibrated", True)
         notes = [*_notes(residents, written, max_rank, calibrated),

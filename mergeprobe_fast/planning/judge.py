@@ -121,6 +121,7 @@ class PredictorJudge:
         return merge(
             zoo, METHODS[action], dtype="F32", calibration=recorded.calibration,
             domains=[recorded.domains[i] for i in members], threads=self.tables.threads,
+            device=self.tables.device,
         )  # fmt: skip
 
     def _judged(self, columns: dict[str, np.ndarray], weights: np.ndarray) -> Judged:
@@ -191,11 +192,15 @@ def open_judge(
     early: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: Any = None,
 ) -> PredictorJudge:
-    """Read a zoo once and be ready to judge it; ``progress`` counts modules."""
+    """Read a zoo once and be ready to judge it; ``progress`` counts modules.
+
+    ``device``: from :func:`mergeprobe_fast.ops.open_device`; None: the CPU.
+    """
     from mergeprobe_fast.merges import merge_tables
 
-    tables = merge_tables(zoo, recorded, threads=threads, progress=progress)
+    tables = merge_tables(zoo, recorded, threads=threads, progress=progress, device=device)
     return PredictorJudge(tables, predictor, early=early)
 
 
@@ -245,7 +250,7 @@ class ErrorJudge:
         return set_features(
             self.tables.zoo, [row[row >= 0].tolist() for row in members], features=[feature],
             calibration=recorded.calibration, domains=list(recorded.domains),
-            threads=self.tables.threads,
+            threads=self.tables.threads, device=self.tables.device,
         )  # fmt: skip
 
     def _judged(self, retention: np.ndarray, weights: np.ndarray) -> Judged:

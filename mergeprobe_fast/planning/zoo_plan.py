@@ -13,6 +13,7 @@ import numpy as np
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.finding import text
+from mergeprobe_fast.ops.device import open_device
 from mergeprobe_fast.planning.book import Book, Set
 from mergeprobe_fast.planning.costs import Costs, load_costs
 from mergeprobe_fast.planning.curve import outcomes, with_curve
@@ -58,6 +59,7 @@ def plan(
     threads: int | None = None,
     reading: Callable[[int], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    device: Any = "cpu",
 ) -> Plan:
     """Which adapters of a zoo to merge, how, and which to route.
 
@@ -75,14 +77,17 @@ def plan(
         effort, costly, resident: as :func:`.partition` takes them.
         reading: called with the number of modules done since the last call.
         progress: called while planning.
+        device: "cpu", "cuda", "cuda:1" or "auto", as :func:`mergeprobe_fast.pair_features` has it.
 
     Raises:
         InputError: what cannot be read, a cost or action that does not exist, too many adapters, an
             adapter without a snapshot, ``at`` without probes, no plan known to be allowed with so
             few ``resident``.
+        BackendError: the device cannot be used here.
     """
     from mergeprobe_fast.recorded import open_recorded
 
+    opened = open_device(device)
     check_actions(actions)
     if at is not None and probes is None:
         raise InputError("given without probes", key="at")
@@ -92,7 +97,7 @@ def plan(
     recorded = open_recorded(judged_zoo, calibration, domains)
     predictor = _predictor(model)
     judge: Any = open_judge(judged_zoo, recorded, predictor, early=early,
-                            threads=threads, progress=reading)  # fmt: skip
+                            threads=threads, progress=reading, device=opened)  # fmt: skip
     reason = judge.reason
     if measured is not None:
         from mergeprobe_fast.planning.fitted import fitted

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergeprobe_fast.errors import InputError, MergeprobeError
+from mergeprobe_fast.errors import BackendError, InputError, MergeprobeError
 from mergeprobe_fast.finding import text as valid_text
 from mergeprobe_fast.io import safetensors, strict_json
 from mergeprobe_fast.io.adapter import FactorRef
@@ -46,6 +46,7 @@ class Base:
     dtype: torch.dtype
     model: PreTrainedModel | None  # the object that was given
     given_tokenizer: Any
+    device: Any = None  # from ops.open_device: where a folder's model is put; None: the CPU
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -79,6 +80,12 @@ class Base:
                 first = sorted(map(str, report[problem]))[0]
                 raise InputError(f"the weights do not fit the model: {problem}", path=self.path,
                                  key=first)  # fmt: skip
+        if self.device is not None:
+            try:
+                model = model.to(self.device.torch)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                reason = f"the model does not go on {self.device.torch}: {error}".splitlines()[0]
+                raise BackendError(reason) from error
         return model.eval()
 
     def skeleton(self) -> PreTrainedModel:
@@ -91,7 +98,7 @@ class Base:
         return model.eval()
 
 
-def open_base(base: Any, tokenizer: Any, dtype: str) -> Base:
+def open_base(base: Any, tokenizer: Any, dtype: str, device: Any = None) -> Base:
     """Open a folder with config.json, safetensors and tokenizer files, or take a model object.
 
     ``dtype`` is what to compute in. "auto" is float32 for a folder (on a CPU the fastest, and with
@@ -102,6 +109,8 @@ def open_base(base: Any, tokenizer: Any, dtype: str) -> Base:
     if dtype != "auto" and dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
     if not isinstance(base, (str, os.PathLike)):
+        if device is not None:
+            raise InputError("cannot be set for a model object; move it before", key="device")
         return _open_object(base, tokenizer, dtype)
     path = Path(base)
     raw = path / "config.json"
@@ -115,7 +124,7 @@ def open_base(base: Any, tokenizer: Any, dtype: str) -> Base:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     digest = hashlib.sha256(raw.read_bytes()).hexdigest()
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    return Base(name, path, config, digest, wanted, None, tokenizer)
+    return Base(name, path, config, digest, wanted, None, tokenizer, device)
 
 
 def _open_object(model: Any, tokenizer: Any, dtype: str) -> Base:

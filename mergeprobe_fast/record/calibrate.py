@@ -12,6 +12,7 @@ from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.finding import text as valid_text
 from mergeprobe_fast.io.calibration import Calibration
 from mergeprobe_fast.io.calibration_json import LABELS, CalibratedModule, CalibrationInfo
+from mergeprobe_fast.ops.device import open_device
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo
 
 from .base import Base, NotStreamable, evaluating, open_base
@@ -48,6 +49,7 @@ def plan_calibration(
     modules: Iterable[str] | None = None,
     dtype: str = "auto",
     threads: int | None = None,
+    device: str = "cpu",
 ) -> CalibrationPlan:
     """Everything of :func:`calibrate` (which has the arguments) up to the work itself."""
     _check_numbers(
@@ -64,9 +66,10 @@ def plan_calibration(
     if adapters is None and domains is not None:
         raise InputError("given without adapters", key="domains")
     check_domains(data)
+    there = open_device(device)
     zoo = None if adapters is None else as_zoo(adapters)
     chosen = () if zoo is None else assign_domains(zoo.names, list(data), domains)
-    opened = open_base(base, tokenizer, dtype)
+    opened = open_base(base, tokenizer, dtype, there)
     notes: list[str] = []
     limit = _limit(opened.config, max_length, notes)
     if limit <= skip_first:
@@ -82,7 +85,8 @@ def plan_calibration(
     tokens = {name: draw_tokens(texts[name], samples, skip_first, seed) for name in texts}
     count = _env.threads_or_default(threads)
     with one_thread_each(1):
-        model, layers, keys = _modules(opened, modules, _why_whole(gradients, zoo), texts, notes)
+        why = _why_whole(gradients, zoo, there)
+        model, layers, keys = _modules(opened, modules, why, texts, notes)
     if zoo is not None and zoo.base_model not in (None, opened.name):
         notes.append(f"the adapters declare the base model {zoo.base_model}, this is {opened.name}")
     recorded = {
@@ -102,10 +106,12 @@ def plan_calibration(
     return CalibrationPlan(info, texts, tokens, opened, model, layers, count, points)
 
 
-def _why_whole(gradients: bool, zoo: Zoo | None) -> str | None:
+def _why_whole(gradients: bool, zoo: Zoo | None, device: Any) -> str | None:
     """Why the whole model is needed, if it is."""
     if gradients:
         return "gradients need all of it"
+    if device is not None:
+        return f"it runs on {device.torch}"
     return None if zoo is None else "points of adapters need all of it"
 
 
@@ -148,9 +154,12 @@ def calibrate(
         modules: globs over module paths; default: every Linear and Conv1D but the output head.
         dtype: to compute in: "auto" (float32 for a folder), "float32", "bfloat16", "float16".
         threads: sequences at a time, each on one core; default: the cores this process may use.
+        device: "cpu", "cuda", "cuda:1" or "auto", a CUDA device if one can be used: where a
+            folder's model runs, as a whole. An object runs where it is.
 
     Raises:
         InputError: naming the file, line, module or argument and what is wrong with it.
+        BackendError: the device cannot be used here, or has no room for the model.
     """
     plan = plan_calibration(base, data, **arguments)
     plan.check_out(out, overwrite=overwrite)
