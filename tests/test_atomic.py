@@ -270,3 +270,44 @@ def test_an_interruption_where_no_handler_is_in_force_leaves_nothing(tmp_path):
     del folder
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes_with_the_next_call(tmp_path, monkeypatch):
+    left = [tmp_path / f".{name}.tmp-{'0' * 16}" for name in ("out", "other", "out.x")]
+    for folder in left:
+        folder.mkdir()
+        fill(folder, "half")
+    with AtomicFolder(tmp_path / "out") as folder:
+        fill(folder, "new")
+        assert left[0].exists()  # it may just have been made
+    monkeypatch.setattr(atomic, "_NEW", -1.0)
+    with AtomicFolder(tmp_path / "out", overwrite=True) as folder:
+        fill(folder, "newer")
+        with AtomicFolder(tmp_path / "out", overwrite=True) as second:  # of another live process
+            fill(second, "newest")
+        assert folder.exists()
+    assert sorted(os.listdir(tmp_path)) == sorted([left[1].name, left[2].name, "out"])
+    assert content(tmp_path / "out") == {"newer"}
+
+
+def test_a_killed_process_holds_nothing(tmp_path, monkeypatch):
+    program = (
+        "import os, sys; from mergeprobe_fast.io import AtomicFolder\n"
+        "with AtomicFolder(sys.argv[1]) as folder:\n"
+        "    (folder / 'half').touch(); print('in', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "out")], cwd=tmp_path, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as child:  # fmt: skip
+        child.stdout.readline()
+        [left] = os.listdir(tmp_path)
+        monkeypatch.setattr(atomic, "_NEW", -1.0)
+        with AtomicFolder(tmp_path / "out") as folder:
+            fill(folder, "new")
+        assert sorted(os.listdir(tmp_path)) == sorted([left, "out"])
+        child.kill()
+        child.wait()
+    with AtomicFolder(tmp_path / "out", overwrite=True) as folder:
+        fill(folder, "newer")
+    assert os.listdir(tmp_path) == ["out"]

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import time
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from ..errors import InputError
 _TEMPORARY = re.compile(r"\..*\.(tmp|old)-[0-9a-f]{16}", re.DOTALL)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_NEW = 60.0  # seconds in which a folder may have been made and not yet been locked
 
 
 def is_temporary(path: str | os.PathLike[str]) -> bool:
@@ -60,8 +62,8 @@ class AtomicFolder:
 
     The yielded folder is a hidden sibling of ``out`` (``.name.tmp-…``). On success all files are
     synced to disk and the folder is renamed; on any exception it is removed, with the parents that
-    were made for it. A killed process leaves only that hidden folder, which nothing reads and which
-    may be deleted.
+    were made for it. A killed process leaves only that hidden folder, which nothing reads; the next
+    ``AtomicFolder`` for the same ``out`` removes it, where the system says that nobody holds it.
 
     An existing ``out`` is refused at once, or with ``overwrite`` replaced at the end. On Linux the
     two folders are exchanged in one step, so ``out`` is complete at every moment. Where the file
@@ -90,6 +92,7 @@ class AtomicFolder:
         self._contents = None if contents is None else frozenset(contents)
         self._made: list[Path] = []
         self._temporary: Path | None = None
+        self._held: int | None = None
 
     def __enter__(self) -> Path:
         try:
@@ -100,7 +103,9 @@ class AtomicFolder:
             # An interrupt may come between two statements, where no handler is in force.
             self._leftover = weakref.finalize(self, remove, self._temporary, self._made)
             make_parents(self.out, self._made)
+            self._remove_killed()
             self._temporary.mkdir()
+            self._held = _hold(self._temporary)
         except OSError as error:
             self._discard()
             raise as_input_error(error, self.out) from error
@@ -123,6 +128,8 @@ class AtomicFolder:
         except BaseException:
             self._discard()
             raise
+        finally:
+            _let_go(self._held)
         if error is not None:
             self._discard()
             if isinstance(error, OSError):
@@ -220,10 +227,44 @@ class AtomicFolder:
         if moved:  # an earlier kill may have left another one: the last one moved is the result
             os.rename(max(moved, key=lambda path: path.stat().st_ctime_ns), self.out)
 
+    def _remove_killed(self) -> None:
+        """Remove what processes left that were killed while they wrote this ``out``."""
+        prefix, now = self._sibling("tmp").name[:-16], time.time()
+        for path in self.out.parent.iterdir():
+            if not (path.name.startswith(prefix) and is_temporary(path)):
+                continue
+            with suppress(OSError):  # of another user, or gone meanwhile
+                if now - path.stat().st_ctime > _NEW and (held := _hold(path)) is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    _let_go(held)
+
     def _discard(self) -> None:
         if self._temporary is not None:
             remove(self._temporary, self._made)
             self._leftover.detach()
+
+
+def _hold(folder: Path) -> int | None:
+    """A lock on a folder as a descriptor; None where another process has it, or locks do not work.
+
+    It ends with the process, however that ends.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        return None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _let_go(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def as_input_error(error: OSError, out: Path) -> InputError:
