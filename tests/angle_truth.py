@@ -145,3 +145,25 @@ def expected(made):
         shapes |= {n: m.delta.shape for n, m in x.modules.items()}
     rows = [expected_pair(a, b, shapes) for a, b in itertools.combinations(made, 2)]
     return {name: np.array([r[name] for r in rows]) for name in rows[0]}
+
+
+# Squares of cosines err by this, and a logarithm by that over the square, down to its floor.
+_SQUARE, _LEAST = 1e-14, 1e-12
+
+
+def of_logs(made):
+    """How far logarithms of squared cosines may be off, per pair.
+
+    By the smallest squared cosine of a module, on either side.
+    """
+
+    def least(a, b):
+        found = [1.0]
+        for name in set(a.modules) & set(b.modules):
+            one, two = (spaces(x.modules[name].delta) for x in (a, b))
+            if len(one[1]) and len(two[1]):
+                found += [np.linalg.svd(one[k].T @ two[k])[1].min() for k in (0, 2)]
+        return min(found) ** 2
+
+    squares = np.array([least(a, b) for a, b in itertools.combinations(made, 2)])
+    return 2 * _SQUARE / np.maximum(squares, _LEAST)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from adapters import make_adapter
-from angle_truth import MODULES, NAMES, block_diagonal, definitions, expected
+from angle_truth import MODULES, NAMES, block_diagonal, definitions, expected, of_logs
 from small_cores import two_gauges
 from tolerances import bound
 
@@ -26,18 +26,18 @@ def columns(zoo, threads=2, pairs=None):
     return {c.name: c.finish(data, a, b) for c in FAMILY.pairs}
 
 
-def differences(found, want):
+def differences(found, want, made):
     """Names of columns that are off, with by how much of what they can be."""
-    off = {}
+    off, logs = {}, of_logs(made)
     assert set(found) == set(want)
     for name, values in want.items():
         if (np.isnan(found[name]) != np.isnan(values)).any():
             off[name] = "NaN"
             continue
-        size = np.maximum(1.0, np.abs(values))
-        error = np.nanmax(np.abs(found[name] - values) / size, initial=0)
-        if error > bound("angles"):
-            off[name] = float(error)
+        allowed = bound("angles") * np.maximum(1.0, np.abs(values))
+        error = np.abs(found[name] - values) - allowed - (logs if "martin" in name else 0.0)
+        if np.nanmax(error, initial=0) > 0:
+            off[name] = float(np.nanmax(error))
     return off
 
 
@@ -78,7 +78,7 @@ def random_zoo(folder, rng, dtype="F32", ranks=(1, 7)):
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_columns_are_their_definitions(rng, isa, tmp_path, dtype):
     made = random_zoo(tmp_path, rng, dtype)
-    assert not differences(columns(mpf.open_zoo(tmp_path)), expected(made))
+    assert not differences(columns(mpf.open_zoo(tmp_path)), expected(made), made)
 
 
 def test_ranks_beyond_the_kernels_go_to_lapack(rng, tmp_path):
@@ -91,7 +91,7 @@ def test_ranks_beyond_the_kernels_go_to_lapack(rng, tmp_path):
     ]  # fmt: skip
     made.append(make_adapter(tmp_path / "4", modules, factors={
         n: (m.a, m.b) for n, m in made[0].modules.items()}))  # fmt: skip
-    assert not differences(columns(mpf.open_zoo(tmp_path)), expected(made))
+    assert not differences(columns(mpf.open_zoo(tmp_path)), expected(made), made)
 
 
 def test_more_rows_than_a_tile_holds(rng, isa, tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_more_rows_than_a_tile_holds(rng, isa, tmp_path, monkeypatch):
     assert sum(len(m.modules["m.0.x"].a) for m in made) > 256
     zoo = mpf.open_zoo(tmp_path)
     found, alone = columns(zoo, threads=3), columns(zoo, threads=1)
-    assert not differences(found, expected(made))
+    assert not differences(found, expected(made), made)
     for name, values in alone.items():
         np.testing.assert_array_equal(values, found[name], err_msg=name)
 
@@ -138,9 +138,9 @@ def test_a_pair_the_other_way_round_has_its_twins(rng, tmp_path):
 
 def test_moved_factors_change_nothing(rng, isa, tmp_path):
     # The deltas are the same to the bit; singular vectors are those of float64.
-    two_gauges(tmp_path, rng)
+    made, _ = two_gauges(tmp_path, rng)
     one, two = (columns(mpf.open_zoo(tmp_path / x)) for x in ("first", "second"))
-    assert not differences(one, two)
+    assert not differences(one, two, made)
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
@@ -209,7 +209,7 @@ def test_one_row_and_one_column(rng, isa, tmp_path):
     sizes = {"row": (1, 17, 1), "column": (19, 1, 1), "narrow": (5, 4, 3)}
     made = [make_adapter(tmp_path / str(i), sizes, seed=int(rng.integers(2**32))) for i in range(3)]
     found = columns(mpf.open_zoo(tmp_path))
-    assert not differences(found, expected(made))
+    assert not differences(found, expected(made), made)
     assert found["spectral_gain"].max() <= 2
 
 
