@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="the device kernels take torch tenso
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from test_canonical import CASES, RANKS, Truth  # noqa: E402
 from test_device_canonical import DTYPES, F64, ONE, TWO, check_float32, draw, of_entry, sides  # noqa: E402
-from triton_child import DEVICE, MOST_SPILLED, child, moved, serve  # noqa: E402
+from triton_child import CHOSEN, MOST_SPILLED, child, moved, serve  # noqa: E402
 
 from mergeprobe_fast.kernels import canonical as device  # noqa: E402
 
@@ -28,7 +28,7 @@ def program():
     from mergeprobe_fast.kernels import _canonical_triton
 
     launches, sweeps = _canonical_triton.Side.launches, _canonical_triton.SWEEPS
-    assert _canonical_triton.INTERPRETED == (DEVICE == "cpu")
+    assert _canonical_triton.INTERPRETED == (CHOSEN != "cuda")
 
     def short(self, *args, **kwargs):
         for kernel, grid, named in launches(self, *args, **kwargs):

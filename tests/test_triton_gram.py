@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from tolerances import LAMBDA, U32, U64  # noqa: E402
-from triton_child import DEVICE, child, moved, serve  # noqa: E402
+from triton_child import CHOSEN, DEVICE, child, moved, serve  # noqa: E402
 from triton_views import VIEWS  # noqa: E402
 
 pytestmark = pytest.mark.triton
@@ -51,7 +51,7 @@ def program():
     from mergeprobe_fast.kernels import _configs, gram
 
     launches = gram.launches
-    assert gram.INTERPRETED == (DEVICE == "cpu") and _configs.INTERPRETER.block == 32
+    assert gram.INTERPRETED == (CHOSEN != "cuda") and _configs.INTERPRETER.block == 32
 
     def handle(request):
         gram.launches = partial(plant, request.pop("fault", None), launches)

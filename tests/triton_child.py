@@ -1,7 +1,8 @@
 """A child process in which Triton interprets its kernels, for the tests of kernels.
 
 The interpreter must be on before triton is imported, and another test may have imported it. With
-MERGEPROBE_TRITON_DEVICE=cuda the same tests run compiled, on that device.
+MERGEPROBE_TRITON_DEVICE=cuda the same tests run compiled, on that device; with "pretended",
+interpreted, and a child takes its tensors for a CUDA device's (see pretend_cuda.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from typing import Any
 import pytest
 import torch
 
-DEVICE = os.environ.get("MERGEPROBE_TRITON_DEVICE", "cpu")
+CHOSEN = os.environ.get("MERGEPROBE_TRITON_DEVICE", "cpu")
+DEVICE = "cuda" if CHOSEN == "cuda" else "cpu"
+if CHOSEN == "pretended" and os.environ.get("TRITON_INTERPRET") == "1":  # a child
+    import pretend_cuda
+
+    pretend_cuda.install()
+    DEVICE = "cuda"
 
 
 def moved(x: Any, device: str, seen: dict[int, torch.Tensor] | None = None) -> Any:
