@@ -68,7 +68,8 @@ class CanonicalBatch:
         place = torch.arange(int(self.heights.sum()))
         before = torch.repeat_interleave(self.heights.cumsum(0) - self.heights, self.heights)
         entry = torch.repeat_interleave(torch.arange(n), self.heights)
-        one = relative.flatten()[(entry * most + place - before).to(top.device)]
+        at = (entry * most + place - before).to(top.device, non_blocking=True)
+        one = relative.flatten()[at]
         return torch.stack([one, one.square()]).float()
 
     def first_failure(self):

@@ -56,11 +56,12 @@ def canonical_batch(
     status = torch.zeros(n, dtype=torch.int64, device=device)
     for tools, height, which in _batches(heights, _backend(backend, device)):
         chosen = [side.select(which) for side in sides]
-        exponent = sum(_within_range(side) for side in chosen).to(device)
+        # A copy that blocks would wait for all that is queued there.
+        exponent = sum(_within_range(side) for side in chosen).to(device, non_blocking=True)
         on_device = [tools.Side(side, height) for side in chosen]
-        s = scale[which].to(device)
+        s = scale[which].to(device, non_blocking=True)
         spectrum, *found, transforms = _factorise(tools, on_device, s, exponent, relative, noise)
-        at = which.to(device)
+        at = which.to(device, non_blocking=True)
         few = min(height, most)
         sigma[at, :few] = spectrum[:, :few]
         rank[at], status[at] = found
@@ -111,7 +112,7 @@ def _factorise(tools, sides, scale, exponent, relative, noise):
     for side, t, c, flags in zip(sides, transform, coordinates, poor, strict=True):
         if flags.any():
             which = flags.nonzero().flatten()
-            at = which.to(t.device)
+            at = which.to(t.device, non_blocking=True)
             second = tools.cholesky(side.gram(which, t[at]))
             t[at] = second[0] @ t[at]
             c[at] = c[at] @ second[1]

@@ -1,10 +1,14 @@
 """A CUDA device as passes over a zoo use it: page-locked memory, copies beside the kernels."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
+from triton.runtime.errors import OutOfResources
 
 from ._deltas import DeviceDeltas
 from ._pass_rows import padded
+from .arrays import DeviceArray, upload
 from .canonical import Factors, canonical_batch
 from .gram import INTERPRETED
 from .gram_modules import Rows, gram_pass
@@ -36,6 +40,26 @@ class Device:
             raise RuntimeError(f"{self.torch} is sm_{capability[0]}{capability[1]}, not sm_80")
         self.copies = torch.cuda.Stream(self.torch)
 
+    def room(self):
+        """Bytes that one pass may take there: two thirds of what was free when it was first asked
+        for, in steps of a sixteenth of the memory, so that a later process finds the same.
+
+        In the interpreter a constant.
+        """
+        return 16 << 30 if self.copies is None else _room(self.torch.index)
+
+    @staticmethod
+    def failure(error):
+        """What an error says if it is the device's own (no memory, say), in a line; else None."""
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            return f"out of memory: {text}"
+        if isinstance(error, (getattr(torch, "AcceleratorError", ()), OutOfResources)):
+            return text  # the first since torch 2.8
+        words = ("CUDA", "Triton Error", "CUBLAS", "CUSOLVER")
+        told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        return text if told else None
+
     @property
     def label(self):
         """What results depend on, in words."""
@@ -61,6 +85,10 @@ class Device:
             # Made on one stream, used on the other: its memory must outlive both.
             there.record_stream(compute)
         return there, done.synchronize
+
+    def array(self, host):
+        """The values of a numpy array as a :class:`DeviceArray`."""
+        return DeviceArray(upload(host, self.torch))
 
     def download(self, tensor):
         """A function that waits for a copy on the host and returns it, a numpy array."""
@@ -95,16 +123,25 @@ class Device:
         return (host.view(torch.bfloat16) if dtype == "BF16" else host).to(self.torch)
 
 
+@lru_cache
+def _room(index):
+    free, total = torch.cuda.mem_get_info(index)
+    step = total // 16
+    return max(free // step, 1) * step * 2 // 3
+
+
 class Forms:
     """Canonical factors of the entries of a chunk, on the device, and P1 on them.
 
     raw: uint8, on the device. The rest are numpy arrays over entries, starts in bytes: B (d_out,
-    rank) and A (rank, d_in) lie there by rows. ``dtype_b`` and ``dtype_a`` are DTYPE_CODE.
+    rank) and A (rank, d_in) lie there by rows. ``dtype_b`` and ``dtype_a`` are DTYPE_CODE,
+    ``dtype`` is that of the canonical rows, "float32" or "float64".
     """
 
     def __init__(
-        self, device, raw, *, start_b, dtype_b, start_a, dtype_a, rank, d_out, d_in, scale
-    ):
+        self, device, raw, *, start_b, dtype_b, start_a, dtype_a, rank, d_out, d_in, scale,
+        dtype="float32",
+    ):  # fmt: skip
         self._device = device
         one = np.ones_like(rank)
         U, V = (
@@ -114,7 +151,9 @@ class Forms:
                 (start_a, d_in, one, rank, d_in, dtype_a),
             )
         )  # fmt: skip
-        self.batch = batch = canonical_batch(U, V, scale=scale.tolist())
+        self.batch = batch = canonical_batch(
+            U, V, scale=scale.tolist(), dtype=getattr(torch, dtype)
+        )
         self._weights = batch.modules([len(rank)]).weights
         self._first = np.concatenate([[0], np.cumsum(rank)])
         self._places = {
@@ -123,22 +162,22 @@ class Forms:
         }
 
     def spectra(self):
-        """(sigma, rank, status) as numpy arrays; waits for the device."""
+        """A function that waits for (sigma, rank, status), numpy arrays, and no later work."""
         found = [self._device.download(getattr(self.batch, x)) for x in ("sigma", "rank", "status")]
-        return [wait() for wait in found]
+        return lambda: [wait() for wait in found]
 
     def rows(self):
-        """All rows of both sides as one float32 numpy array; waits for the device."""
+        """All rows of both sides as one numpy array; waits for the device."""
         return self._device.download(self.batch.rows)()
 
     def gram_pass(self, first, second, p, q, epilogues):
-        """A function that returns the sums: float64 (epilogues, results), as ``kernels.gram_pass``.
+        """The sums: float64 (epilogues, results), as ``kernels.gram_pass``; does not wait.
 
         first, second: of each module the range (first, last) of its entries; None: symmetric.
         """
         one = self._stack(first, p, q)
         two = None if second is None else self._stack(second, p, q)
-        return self._device.download(
+        return DeviceArray(
             gram_pass(one, two, p, q, epilogues, precision=self._device.precision)
         )
 

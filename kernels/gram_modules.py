@@ -72,8 +72,10 @@ def launches(first, second, work, accumulate, config, out, programs):
         raise ValueError(f"too many rows for one launch: {work.pairs} tile pairs")
     if work.widest * config.block >= 2**31:  # offsets within a tile are 32 bits
         raise ValueError(f"a module has too many rows for one launch: {work.widest} parts")
-    modules, sum_of = work.modules.to(device), work.sum_of.to(device, torch.int32)
-    tables = {name: table.to(device) for name, table in work.tables.items()}
+    # A copy that blocks would wait for all that is queued there.
+    modules = work.modules.to(device, non_blocking=True)
+    sum_of = work.sum_of.to(torch.int32).to(device, non_blocking=True)
+    tables = {name: table.to(device, non_blocking=True) for name, table in work.tables.items()}
     partial = torch.empty((len(work.sums), work.partials), dtype=acc, device=device)
     weighted = any(w >= 0 for _, *weights in work.sums for w in weights)
     weights = (first.weights, other.weights) if weighted else (None, None)

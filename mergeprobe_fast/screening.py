@@ -126,8 +126,9 @@ def pair_features(
             the bit; what another call left is not used. Of your own, a family is kept if it says
             ``made_from``, and blocks of pairs if every feature does. One process at a time. Yours
             to remove.
-        device: "cpu", "cuda", "cuda:1" or "auto", a CUDA device if one can be used: for canonical
-            forms and the block Gram; everything else runs on the CPU.
+        device: "cpu", "cuda", "cuda:1" or "auto", a CUDA device if one can be used. Columns of
+            probe runs are the CPU's all the same, and so are features of your own that do more
+            than what numpy does with each pair by itself.
         precision: of float32 products there: "highest", or "high", which rounds to tf32.
 
     Raises:
@@ -198,9 +199,12 @@ def adapter_table(
     return _of_adapters(zoo, recorded, select(features, recorded), threads, progress, device)
 
 
-def steps(zoo: Zoo, chosen: Selection) -> int:
-    """What ``progress`` adds up to: modules, once for every pass over the zoo."""
-    tiles = engine.passes.steps(zoo, chosen.features)
+def steps(zoo: Zoo, chosen: Selection, device: Any = None) -> int:
+    """What ``progress`` adds up to: modules, once for every pass over the zoo.
+
+    ``device``: from :func:`mergeprobe_fast.ops.open_device`; None: the CPU.
+    """
+    tiles = engine.passes.steps(zoo, chosen.features, device)
     return tiles + len(zoo.modules) * len(_that_read(chosen))
 
 

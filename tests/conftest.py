@@ -34,6 +34,7 @@ ALLOCATING = (
     "mergeprobe_fast.engine.angles",
     "mergeprobe_fast.engine.chunks",
     "mergeprobe_fast.engine.entries",
+    "mergeprobe_fast.engine.pair_angles",
     "mergeprobe_fast.engine.passes",
     "mergeprobe_fast.engine.aggregate",
     "mergeprobe_fast.engine.p1",

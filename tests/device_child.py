@@ -7,26 +7,35 @@ in this process. This file is the child's program too.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pytest
+from own_features import OWN
 from triton_child import environment
 
 import mergeprobe_fast as mpf
-from mergeprobe_fast.engine import passes
+from mergeprobe_fast.features import select
 from mergeprobe_fast.merging.request import prepare
 from mergeprobe_fast.merging.source import ZooSource
 from mergeprobe_fast.ops.device import open_device
+from mergeprobe_fast.screening import screen, steps
 
 
 @contextmanager
 def interpreter(folder: Path) -> Iterator[Callable[..., dict[str, np.ndarray]]]:
-    """``call(task, zoo, fault=..., sizes=..., **options)``: arrays by name, or InputError."""
+    """``call(task, zoo, fault=..., sizes=..., **options)``: arrays by name, or InputError.
+
+    sizes: constants of ``engine.passes``, or "module.NAME" of another module of the engine. Where
+    PAIR_BYTES is given, it counts for pairs on the device too.
+    """
     out = folder / "found.npz"
     child = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -34,10 +43,9 @@ def interpreter(folder: Path) -> Iterator[Callable[..., dict[str, np.ndarray]]]:
     )  # fmt: skip
 
     def call(task, zoo, *, fault=False, sizes=None, **options):
-        default = {"PAIR_BYTES": passes.PAIR_BYTES, "DEVICE_BYTES": passes.DEVICE_BYTES}
         request = {
             "task": task, "zoo": str(zoo), "fault": fault, "out": str(out), "options": options,
-            "sizes": {**default, **(sizes or {})},
+            "sizes": sizes or {},
         }  # fmt: skip
         print(json.dumps(request), file=child.stdin, flush=True)
         answer = json.loads(child.stdout.readline())
@@ -56,6 +64,41 @@ def features(zoo, **options) -> dict[str, np.ndarray]:
     return {n: np.asarray(found[n]) for n in found}
 
 
+def own(zoo, names, **options) -> dict[str, np.ndarray]:
+    """The caller's own features, by name, and which of them the log says the CPU finished."""
+    with _Logged() as logged:
+        found = features(zoo, features=[OWN[n] for n in names], **options)
+    return {**found, "on the CPU": np.array(logged.count)}
+
+
+class _Logged(logging.Handler):
+    """Counts features that were finished on the CPU."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += "finished on the CPU" in record.msg
+
+    def __enter__(self) -> _Logged:
+        self._log = logging.getLogger("mergeprobe_fast")
+        self._log.addHandler(self)
+        self._log.setLevel("INFO")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.removeHandler(self)
+
+
+def progress(zoo, device) -> dict[str, np.ndarray]:
+    """What the calls of ``progress`` add up to, and what they should; and cosines of layers."""
+    zoo, chosen, seen = mpf.open_zoo(zoo), select("cosine"), []
+    found = screen(zoo, "cosine", progress=seen.append, threads=1, device=device)
+    return {
+        "seen": np.array(seen), "steps": np.array(steps(zoo, chosen, open_device(device))),
+        "profile": found.profile,
+    }  # fmt: skip
+
+
 def adapters(zoo, **options) -> dict[str, np.ndarray]:
     found = mpf.adapter_features(zoo, threads=2, **options)
     return {n: np.asarray(found[n]) for n in found}
@@ -70,6 +113,39 @@ def merged(zoo, **options) -> dict[str, np.ndarray]:
     }
 
 
+def _numbers(table) -> dict[str, np.ndarray]:
+    columns = {n: np.asarray(table[n]) for n in table}
+    return {n: x for n, x in columns.items() if x.dtype.kind in "biuf"}
+
+
+def sets(zoo, **options) -> dict[str, np.ndarray]:
+    """Every feature of all pairs of adapters as sets."""
+    found = mpf.set_features(zoo, size=2, features="all", threads=2, **options)
+    return _numbers(found)
+
+
+def merges(zoo, **options) -> dict[str, np.ndarray]:
+    """What merges by their Grams, of singular vectors, of entries and of data do to members."""
+    wanted = [
+        mpf.Merge((0, 1, 2), weights="minimax"), mpf.Merge((0, 3), "tsv_m"),
+        mpf.Merge((1, 2), "ties"), mpf.Merge((0, 2, 3), "regmean"),
+    ]  # fmt: skip
+    found = mpf.merge_features(zoo, wanted, threads=2, **options)
+    return _numbers(found)
+
+
+def planned(zoo, out, device, **options) -> dict[str, np.ndarray]:
+    """A plan's groups, what it predicts, and the updates that applying it writes."""
+    found = mpf.plan(zoo, threads=2, device=device, costs={"floor": 0.05}, **options)
+    served = found.apply(out, threads=2, device=device, overwrite=True)
+    groups = sorted((g.action, *g.members) for g in found.groups)
+    values = {"groups": np.array(json.dumps(groups)), "cost": np.array(found.cost)}
+    for adapter in mpf.open_zoo(served.path / "adapters"):
+        for m in mpf.merge([adapter.path], "cat", [1.0], dtype="F32").modules:
+            values[f"{adapter.name}: {m.module.name}"] = m.b @ m.a
+    return values
+
+
 def dense_rows(zoo, device, method, **arguments) -> dict[str, np.ndarray]:
     """What is added to base weights, in two pieces of rows."""
     source = ZooSource(mpf.open_zoo(zoo))
@@ -81,7 +157,10 @@ def dense_rows(zoo, device, method, **arguments) -> dict[str, np.ndarray]:
     }
 
 
-TASKS = {"adapters": adapters, "dense_rows": dense_rows, "features": features, "merged": merged}
+TASKS = {
+    "adapters": adapters, "dense_rows": dense_rows, "features": features, "merged": merged,
+    "merges": merges, "own": own, "planned": planned, "progress": progress, "sets": sets,
+}  # fmt: skip
 
 
 def _plant_faults() -> Callable[[bool], None]:
@@ -106,6 +185,18 @@ def _plant_faults() -> Callable[[bool], None]:
     return plant
 
 
+@contextmanager
+def _with(sizes: dict[str, int]) -> Iterator[None]:
+    if "PAIR_BYTES" in sizes:
+        sizes = {"DEVICE_PAIR_BYTES": sizes["PAIR_BYTES"], **sizes}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in sizes.items():
+            module, _, constant = name.rpartition(".")
+            of = import_module(f"mergeprobe_fast.engine.{module or 'passes'}")
+            patch.setattr(of, constant, value)
+        yield
+
+
 def serve() -> None:
     """One JSON request a line; "" or an error's text back."""
     channel = os.fdopen(os.dup(1), "w")
@@ -113,12 +204,12 @@ def serve() -> None:
     plant = _plant_faults()
     for line in sys.stdin:
         request = json.loads(line)
-        for name, value in request["sizes"].items():
-            setattr(passes, name, value)
         plant(request["fault"])
         try:
             task = TASKS[request["task"]]
-            np.savez(request["out"], **task(request["zoo"], device="cuda", **request["options"]))
+            with _with(request["sizes"]):
+                found = task(request["zoo"], device="cuda", **request["options"])
+            np.savez(request["out"], **found)
             answer = ""
         except mpf.InputError as error:
             answer = str(error)

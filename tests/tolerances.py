@@ -78,6 +78,16 @@ def sketch_bound(d_in: int, d_out: int = 0) -> float:
     return (2 * min(d, chain) + -(-d // min(chain, 16)) + 2) * U32
 
 
+def device_merge_bound(rank: int) -> float:
+    """||M - M'|| <= bound * ||M||: a merge from factors on a device and on the CPU.
+
+    Both round float64 numbers that agree to 1e-10 to float32: |db||a| + |b||da| of norm
+    2 u32 ||b|| ||a|| <= 2 u32 sqrt(rank) ||M|| on each side, half as much again for roots of
+    sums that cancel. Faults: factors or their inverse off by 1e-5.
+    """
+    return 6 * U32 * max(rank, 1) ** 0.5
+
+
 TOLERANCES = {
     "prototype": Tolerance(
         5e-7, "of a unit vector from float64 canonical factors (gap 2 or more), rounded to float32 "

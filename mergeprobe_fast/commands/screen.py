@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     from mergeprobe_fast.engine.kept import kept_in, remove_blocks
     from mergeprobe_fast.features import select
     from mergeprobe_fast.io.atomic import AtomicFolder
+    from mergeprobe_fast.ops.device import open_device
     from mergeprobe_fast.report.screen import CONTENTS, screen_report, write_screen
     from mergeprobe_fast.report.terminal import print_screen_summary
     from mergeprobe_fast.screening import screen, steps
@@ -88,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
     shown = None if options.json else console()
     if shown is not None and "all" in options.features.split(","):
         shown.print(_costs(zoo, chosen, recorded, options.threads), style="dim")
+    device = open_device(options.device, options.precision)
     inputs = [a.path for a in zoo]
     beside = (options.calibration, options.probes, options.base)
     inputs += [path for path in beside if path is not None]
@@ -103,10 +105,10 @@ def run(options: argparse.Namespace) -> int:
             recorded = _recorded(zoo, probes, options)
         while result is None:
             try:
-                with progress_of(shown, steps(zoo, chosen), "modules") as advance:
+                with progress_of(shown, steps(zoo, chosen, device), "modules") as advance:
                     result = screen(
                         zoo, names, recorded=recorded, threads=options.threads, progress=advance,
-                        keep=blocks, device=options.device, precision=options.precision,
+                        keep=blocks, device=device,
                     )  # fmt: skip
             except KeyboardInterrupt:
                 if kept := kept_in(blocks):

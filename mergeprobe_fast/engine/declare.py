@@ -114,7 +114,10 @@ class Sums:
 class Feature:
     """A number per pair of adapters; one column, and its aggregates over modules.
 
-    ``finish`` gets :class:`Sums` and returns one float64 per pair, NaN where undefined.
+    ``finish`` gets :class:`Sums` and returns one float64 per pair, NaN where undefined. On a device
+    its arrays lie there, and numpy's functions that treat each pair by itself (arithmetic, where,
+    maximum, clip, ...) run there; a ``finish`` that does anything else, looks at other pairs or
+    returns no such array, gets numpy's arrays and runs on the CPU, with the same result.
     ``per_module=False`` features exist only for the concatenated deltas. ``over_modules`` gives
     the weight of each module, from its sums: the feature then *is* the mean over modules with these
     weights, undefined modules left out, and has no other aggregates.

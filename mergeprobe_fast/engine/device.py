@@ -1,7 +1,6 @@
 """Chunks on a GPU: factors go there as they lie in the files, canonical forms and P1 stay there.
 
-What else a pass wants of a form, channel energies or what a calibration sees, runs on the CPU: the
-factors come back when something asks for them.
+Factors come back where something on the CPU asks for them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mergeprobe_fast.engine.chunks import CanonicalChunk, RawChunk, failure, refuse_absurd
-from mergeprobe_fast.engine.declare import Need
+from mergeprobe_fast.engine.declare import DOT, Feature, Need
 from mergeprobe_fast.engine.p1 import Side, epilogue, outputs
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.ops._tables import BLOCK, DTYPE_CODE, address
@@ -21,18 +20,24 @@ from mergeprobe_fast.zoo import Zoo
 
 # Factors of one chunk, raw and canonical, and results of P1; two chunks at a time. Unmeasured.
 CHUNK_BYTES = 1 << 30
+# Pairs of modules that are accounted for at once: few launches for few pairs.
+AT_ONCE = 1 << 20
 _OVERFLOW = 4  # status: the delta overflows float64
 
 
 class DeviceForms:
     """Canonical forms of chunks; ``device`` is from :func:`mergeprobe_fast.ops.open_device`."""
 
-    def __init__(self, device: Any) -> None:
-        self._device = device
+    def __init__(self, device: Any, dtype: str = "float32") -> None:
+        self._device, self._dtype = device, dtype
         self._copied: Callable[[], None] = lambda: None
 
     def compute(self, raw: RawChunk, threads: int) -> DeviceChunk:
         """As ``CanonicalFactors.compute``. Call :meth:`release` before the chunk's bytes go."""
+        return self.start(raw)()
+
+    def start(self, raw: RawChunk) -> Callable[[], DeviceChunk]:
+        """A function that waits for the spectra, and then is :meth:`compute`."""
         from mergeprobe_fast.kernels.device import Forms
 
         e = raw.entries
@@ -43,16 +48,21 @@ class DeviceForms:
         forms = Forms(
             self._device, copy, start_b=raw.b - first, dtype_b=e["b_dtype"],
             start_a=raw.a - first, dtype_a=e["a_dtype"], rank=e["rank"].astype(np.int64),
-            d_out=shapes[:, 0], d_in=shapes[:, 1], scale=e["scale"],
+            d_out=shapes[:, 0], d_in=shapes[:, 1], scale=e["scale"], dtype=self._dtype,
         )  # fmt: skip
-        sigma, rank, status = forms.spectra()
-        for row in np.flatnonzero(status)[:1]:
-            if int(status[row]) == _OVERFLOW:
-                adapter, name = raw.names(int(row))
-                raise InputError("the update overflows float64", path=adapter.path, key=name)
-            raise failure(raw, int(row), int(status[row]))
-        refuse_absurd(sigma, raw)
-        return DeviceChunk(forms, sigma, rank)
+        spectra = forms.spectra()
+
+        def finish() -> DeviceChunk:
+            sigma, rank, status = spectra()
+            for row in np.flatnonzero(status)[:1]:
+                if int(status[row]) == _OVERFLOW:
+                    adapter, name = raw.names(int(row))
+                    raise InputError("the update overflows float64", path=adapter.path, key=name)
+                raise failure(raw, int(row), int(status[row]))
+            refuse_absurd(sigma, raw)
+            return DeviceChunk(forms, sigma, rank)
+
+        return finish
 
     def release(self) -> None:
         """Wait until the last chunk's bytes have been copied."""
@@ -65,6 +75,16 @@ class DeviceChunk(CanonicalChunk):
     def __init__(self, forms: Any, sigma: np.ndarray, rank: np.ndarray) -> None:
         for name, value in (("_forms", forms), ("sigma", sigma), ("rank", rank)):
             object.__setattr__(self, name, value)
+
+    @property
+    def forms(self) -> Any:
+        """The ``kernels.device.Forms`` of the chunk."""
+        return self._forms
+
+    @property
+    def device(self) -> Any:
+        """What the chunk is on, from :func:`mergeprobe_fast.ops.open_device`."""
+        return self._forms._device
 
     @cached_property
     def buffer(self) -> np.ndarray:  # type: ignore[override]
@@ -84,13 +104,13 @@ class DeviceChunk(CanonicalChunk):
 
     def fused(
         self, one: Side, two: Side, p: Sequence[int], q: Sequence[int], needs: Sequence[Need]
-    ) -> Callable[[], np.ndarray]:
-        """Starts :func:`.p1.fused` of the canonical factors; call the result for its sums."""
+    ) -> np.ndarray:
+        """:func:`.p1.fused` of the canonical factors, as an array of the device; does not wait."""
         epilogues = [epilogue(n) for n in needs]
         if not epilogues:
-            return lambda: np.zeros((0, int(outputs(one, two)[-1])))
-        first = _ranges(one)
-        second = None if one is two else _ranges(two)
+            return self.device.array(np.zeros((0, int(outputs(one, two)[-1]))))
+        first = entry_ranges(one)
+        second = None if one is two else entry_ranges(two)
         return self._forms.gram_pass(first, second, list(p), list(q), epilogues)
 
 
@@ -105,7 +125,45 @@ def result_bytes(zoo: Zoo, members: np.ndarray, needs: int) -> np.ndarray:
     return 2 * 8 * needs * count**2
 
 
-def _ranges(side: Side) -> list[tuple[int, int]]:
+def pairs_side(zoo: Zoo, features: Sequence[Feature], room: int, limit: int | None) -> int:
+    """How many adapters a side a block of pairs may have: all, if those fit among themselves.
+
+    room: bytes for a whole pass. limit: of what pairs alone take, if not by the room.
+    """
+    entries = zoo.table.entries
+    sizes = np.array([m.d_out + m.d_in for m in zoo.modules], np.int64)
+    factors = entries["a_nbytes"] + entries["b_nbytes"]
+    widest = int((factors + 4 * sizes[entries["module"]] * entries["rank"]).max(initial=0))
+    needs = {n for f in features for n in f.needs} | {DOT}
+    tiles = sum(n.view == "weights" for n in needs)
+    on_domains = len(needs) - tiles
+    local = sum(f.per_module for f in features)
+    layers = len({m.layer for m in zoo.modules})
+    sums = 8 * (4 * tiles + 6 * on_domains + 11)
+    # Per pair: values of modules; sums, those of features and of layers; the places of the pair;
+    # results of P1 of a module, of both triangles, and its partial sums; while a module is
+    # accounted for, its sums and what features make of them.
+    kept = 4 * local * len(zoo.modules) + sums + 8 * (2 * len(features) + 3 * layers + 2)
+    passing = 2 * tiles * (8 + 2 * 4) * 2 + sums + 8 * 20
+
+    def fits(pairs: int, adapters: int) -> bool:
+        taken = pairs * (kept + passing)
+        if limit is not None:
+            return taken <= limit
+        # Two chunks, of a module at least, while their factors are brought to canonical form.
+        chunks = 2 * max(2 * min(CHUNK_BYTES, room // 8), adapters * widest)
+        return taken + chunks + AT_ONCE * (sums + 8 * 20) <= room
+
+    if fits(len(zoo) * (len(zoo) - 1) // 2, len(zoo)):
+        return len(zoo)
+    low, high = 0, len(zoo)  # the first fits
+    while high - low > 1:
+        side = (low + high) // 2
+        low, high = (side, high) if fits(side**2, 2 * side) else (low, side)
+    return low
+
+
+def entry_ranges(side: Side) -> list[tuple[int, int]]:
     """Where a side's entries of each module lie in the chunk: one after another."""
     ranges = []
     for k in range(len(side.bounds) - 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -13,6 +13,7 @@ import numpy as np
 from mergeprobe_fast.engine.kept import Files, read_into, storable, tensors_of
 from mergeprobe_fast.io.safetensors import SafetensorsHeader
 
+Arrays = Mapping[str, np.ndarray]
 # Between two writes: so much work is lost by a kill. A write that takes long is rarer, so that
 # writing never takes more than a share of the time.
 SECONDS = 30.0
@@ -41,11 +42,12 @@ class Sums:
         if self._header is not None:
             read_into(self._header, arrays)
 
-    def reached(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """``step`` steps are done, and ``arrays`` are what to go on from."""
+    def reached(self, step: int, arrays: Arrays | Callable[[], Arrays]) -> None:
+        """``step`` steps are done, and ``arrays`` are what to go on from, or give it if called."""
         if self._files is None or time.monotonic() - self._since < self._pause:
             return
         started = time.monotonic()
+        arrays = arrays() if callable(arrays) else arrays
         self._files.put(self._name, self._made_from, arrays, {"step": str(step)})
         self._since = time.monotonic()
         self._pause = max(SECONDS, (self._since - started) / SHARE)

@@ -68,6 +68,11 @@ class Side:
         """The canonical factors of the entries."""
         return np.ascontiguousarray(self.form.blocks[self.entries])
 
+    @cached_property
+    def module(self) -> np.ndarray:
+        """The module of each entry, counted from the chunk's first."""
+        return np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
+
     def rows(self, k: int) -> slice:
         """The entries of a module."""
         return slice(self.bounds[k], self.bounds[k + 1])

@@ -17,13 +17,21 @@ import numpy as np
 
 from mergeprobe_fast import _env
 from mergeprobe_fast.engine.aggregate import PairBlock
-from mergeprobe_fast.engine.chunks import CanonicalFactors, plan_chunks, read_ahead
+from mergeprobe_fast.engine.chunks import (
+    CanonicalChunk,
+    CanonicalFactors,
+    RawChunk,
+    plan_chunks,
+    read_ahead,
+)
 from mergeprobe_fast.engine.declare import DOT, Feature, Need
 from mergeprobe_fast.engine.device import CHUNK_BYTES as DEVICE_BYTES
-from mergeprobe_fast.engine.device import DeviceForms, result_bytes
+from mergeprobe_fast.engine.device import DeviceForms, pairs_side, result_bytes
+from mergeprobe_fast.engine.device_views import view_bytes
 from mergeprobe_fast.engine.grams import ChunkGrams
 from mergeprobe_fast.engine.kept import Done, Kept, keepable, made_from
 from mergeprobe_fast.engine.samples import Samples
+from mergeprobe_fast.ops.device import computing_on
 from mergeprobe_fast.recorded import NOTHING, Recorded
 from mergeprobe_fast.zoo import Zoo, short_labels
 
@@ -34,6 +42,8 @@ log = logging.getLogger("mergeprobe_fast")
 CHUNK_BYTES = 48 << 20
 # Values per module kept for the order statistics of a block of pairs.
 PAIR_BYTES = 512 << 20
+# All that is kept of a block of pairs on a device; None: what its memory allows.
+DEVICE_PAIR_BYTES: int | None = None
 
 @dataclass(frozen=True, eq=False)
 class PassResult:
@@ -72,6 +82,8 @@ def run(
     Memory: two chunks of CHUNK_BYTES (or of one module's factors, if those are larger), one packed
     for the kernel, and PAIR_BYTES for the values per module of the pairs in flight. A zoo whose
     pairs need more is cut into super-blocks of adapters, and factors are read once per block pair.
+    On a device, pairs are accounted for there, as many at once as its memory allows; a ``finish``
+    that does more than numpy does with each pair by itself runs on the CPU.
 
     ``progress`` is called with the number of modules done since the last call; the total is
     :func:`steps`. ``keep``: a folder for the block pairs that are done, if there are several; those
@@ -82,11 +94,20 @@ def run(
     Raises:
         InputError: a file that changed, a factor that is not finite, a module that the calibration
             lacks, other files in ``keep``; names file and key.
+        BackendError: what the device fails at.
     """
+    with computing_on(device):
+        return _run(zoo, features, recorded, profile, threads, progress, keep, device)
+
+
+def _run(
+    zoo: Zoo, features: Sequence[Feature], recorded: Recorded, profile: bool, threads: int | None,
+    progress: Callable[[int], None] | None, keep: str | os.PathLike[str] | None, device: Any,
+) -> PassResult:  # fmt: skip
     threads = _env.threads_or_default(threads)
     features = list(features)
     needs = sorted({n for f in features for n in f.needs} | ({DOT} if profile else set()), key=str)
-    blocks = _super_blocks(zoo, features)
+    blocks = _super_blocks(zoo, features, device)
     spectra = _Spectra(zoo)
     layers = list(dict.fromkeys(m.layer for m in zoo.modules))
     kept = None
@@ -123,16 +144,19 @@ def run(
     )
 
 
-def steps(zoo: Zoo, features: Sequence[Feature]) -> int:
+def steps(zoo: Zoo, features: Sequence[Feature], device: Any = None) -> int:
     """What ``progress`` of :func:`run` adds up to."""
-    n = len(_super_blocks(zoo, list(features)))
+    n = len(_super_blocks(zoo, list(features), device))
     return len(zoo.modules) * n * (n + 1) // 2
 
 
-def _super_blocks(zoo: Zoo, features: list[Feature]) -> list[np.ndarray]:
-    """Adapter indices in blocks whose pairs' values per module fit PAIR_BYTES."""
-    local = sum(f.per_module for f in features) + 1
-    side = int((PAIR_BYTES / (4 * local * max(1, len(zoo.modules)))) ** 0.5)
+def _super_blocks(zoo: Zoo, features: list[Feature], device: Any = None) -> list[np.ndarray]:
+    """Adapter indices in blocks whose pairs' values per module fit PAIR_BYTES, or a device."""
+    if device is None:
+        local = sum(f.per_module for f in features) + 1
+        side = int((PAIR_BYTES / (4 * local * max(1, len(zoo.modules)))) ** 0.5)
+    else:
+        side = pairs_side(zoo, features, device.room(), DEVICE_PAIR_BYTES)
     count = -(-len(zoo) // max(2, side))
     return np.array_split(np.arange(len(zoo)), count)
 
@@ -180,7 +204,7 @@ def _block(
     """One pass over the pairs of two blocks of adapters; ``profiled``: the layers, or None."""
     part = PairBlock(
         first, first if second is first else second, features, needs, len(zoo.modules),
-        len(profiled or ()),
+        len(profiled or ()), device,
     )  # fmt: skip
     layers = list(dict.fromkeys(m.layer for m in zoo.modules))
     _fill(part, zoo, recorded, layers, spectra, threads, progress, device)
@@ -202,42 +226,65 @@ def _fill(
     on, extra = None, None
     if any(n.view != "weights" for n in part.needs):
         on = Samples.of_adapters(zoo, recorded, members)
-        extra = _on_domains_bytes(part, zoo, on[0])
-    memory = None
-    if device is None:
-        chunks = plan_chunks(zoo, members, CHUNK_BYTES, extra)
-        forms = CanonicalFactors(max((c.canonical_floats for c in chunks), default=0))
-    else:
-        results = result_bytes(zoo, members, len(part.needs))
-        chunks = plan_chunks(zoo, members, DEVICE_BYTES, results if extra is None else
-                             results + extra)  # fmt: skip
-        forms, memory = DeviceForms(device), device.memory
+        if device is None:
+            extra = _on_domains_bytes(part, zoo, on[0])
+        else:
+            extra = view_bytes(zoo, members, on[0], part.needs)
     layer_of = [layers.index(m.layer) for m in zoo.modules]
     done = 0
 
-    def account(grams: ChunkGrams) -> None:
-        for module, sums in grams.modules():
-            part.add(module, layer_of[module], sums)
+    def grams_of(raw: RawChunk, form: CanonicalChunk) -> ChunkGrams:
+        pairs = part.i, part.j
+        return ChunkGrams(
+            part.first, part.second, pairs, part.needs, raw, form, threads, on, part.there
+        )
 
-    with ThreadPoolExecutor(1) as pool:
-        accounted = None
-        for raw in read_ahead(zoo, chunks, threads, memory):
-            form = forms.compute(raw, threads)
-            rows = raw.chunk.rows
-            spectra.sigma[rows, : form.sigma.shape[1]] = form.sigma
-            spectra.rank[rows] = form.rank
-            grams = ChunkGrams(
-                part.first, part.second, (part.i, part.j), part.needs, raw, form, threads, on
-            )
+    def account(grams: ChunkGrams) -> None:
+        for first, last, sums in grams.modules():
+            part.add(first, last, layer_of[first:last], sums)
+
+    def seen(raw: RawChunk, form: CanonicalChunk) -> None:
+        rows = raw.chunk.rows
+        spectra.sigma[rows, : form.sigma.shape[1]] = form.sigma
+        spectra.rank[rows] = form.rank
+
+    def told(raw: RawChunk) -> None:
+        nonlocal done
+        if progress:
+            progress(raw.chunk.last - done)
+        done = raw.chunk.last
+
+    if device is None:
+        chunks = plan_chunks(zoo, members, CHUNK_BYTES, extra)
+        factors = CanonicalFactors(max((c.canonical_floats for c in chunks), default=0))
+        with ThreadPoolExecutor(1) as pool:
+            accounted = None
+            for raw in read_ahead(zoo, chunks, threads):
+                form = factors.compute(raw, threads)
+                seen(raw, form)
+                grams = grams_of(raw, form)
+                if accounted:
+                    accounted.result()
+                accounted = pool.submit(account, grams)
+                told(raw)
             if accounted:
                 accounted.result()
-            accounted = pool.submit(account, grams)
-            if progress:
-                progress(raw.chunk.last - done)
-            done = raw.chunk.last
-            if device is not None:
-                forms.release()
-        if accounted:
-            accounted.result()
+    else:
+        results = result_bytes(zoo, members, len(part.needs))
+        most = min(DEVICE_BYTES, device.room() // 8)
+        chunks = plan_chunks(zoo, members, most, results if extra is None else results + extra)
+        forms = DeviceForms(device)
+        last = None
+        for raw in read_ahead(zoo, chunks, threads, device.memory):
+            # The last chunk's Grams are started before this one's spectra are waited for.
+            finish = forms.start(raw)
+            if last is not None:
+                account(grams_of(*last))
+            last = raw, finish()
+            seen(*last)
+            told(raw)
+            forms.release()
+        if last is not None:
+            account(grams_of(*last))
     if progress and done < len(zoo.modules):
         progress(len(zoo.modules) - done)

@@ -18,10 +18,19 @@ _current: ContextVar[Any] = ContextVar("device", default=None)
 
 @contextmanager
 def computing_on(device: Any) -> Iterator[None]:
-    """While the block runs, :func:`current_device` is ``device``, in this thread."""
+    """While the block runs, :func:`current_device` is ``device``, in this thread.
+
+    Raises:
+        BackendError: what the device itself fails at (no memory there, or none to lock), in a line.
+    """
     token = _current.set(device)
     try:
         yield
+    except Exception as error:
+        reason = None if device is None else device.failure(error)
+        if reason is None:
+            raise
+        raise BackendError(f"{device.torch}: {reason}") from error
     finally:
         _current.reset(token)
 
