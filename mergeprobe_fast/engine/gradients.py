@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mergeprobe_fast.engine.device_views import chunk_rows
 from mergeprobe_fast.engine.samples import require, scaled
 from mergeprobe_fast.engine.sweep import Swept, sweep
 from mergeprobe_fast.io.calibration import Calibration
 from mergeprobe_fast.ops import block_gram
+from mergeprobe_fast.ops.device import current_device
 from mergeprobe_fast.zoo import Module, Zoo
 
 
@@ -88,6 +90,8 @@ def along(
             that changed; a factor or sample that is not finite.
     """
     work = _Work(zoo, calibration, domains, labels, threads)
+    if work.device is not None:
+        return work.on_device(None).along
     for part in work.modules():
         for d in range(len(domains)):
             work.phi_of(d, part)
@@ -103,6 +107,8 @@ def gradients(
     Per module, gradients cost (sum of T)^2 (d_out + d_in) / 2 multiplications: no G is formed.
     """
     work = _Work(zoo, calibration, domains, labels, threads)
+    if work.device is not None:
+        return work.on_device(own)
     tokens, count = work.tokens, len(zoo)
     gram = np.zeros((len(domains), len(domains)))
     square = tuple(np.zeros(len(t.starts) - 1) for t in tokens)
@@ -165,9 +171,41 @@ class _Work:
         self._domains, self._labels, self._threads = tuple(domains), labels, threads
         self.tokens = tuple(_tokens(calibration, d) for d in self._domains)
         self._phi = tuple(np.zeros((t.count, len(zoo))) for t in self.tokens)
+        self.device = current_device()
 
     def along(self) -> Along:
         return Along(self.tokens, self._phi)
+
+    def on_device(self, own: np.ndarray | None) -> Gradients:
+        """All of it where families compute, in float64; without ``own`` the derivatives alone."""
+        from mergeprobe_fast.kernels.sample_sums import DerivativeSums
+
+        device, count = self.device, len(self._zoo)
+        sums = DerivativeSums(device, count, [t.starts.tolist() for t in self.tokens])
+        energy = np.zeros(count)
+        owner = None if own is None else device.array(own.astype(np.int64)).tensor
+        for chunk in sweep(self._zoo, self._threads, device=device):
+            rows, who = chunk_rows(chunk.form, chunk.bounds), chunk.adapter.astype(np.int64)
+            np.add.at(energy, who, np.square(chunk.sigma).sum(1))
+            who = device.array(who).tensor
+            for k, module in enumerate(chunk.modules):
+                found = [self._samples(d, module) for d in self._domains]
+                x = sums.samples.upload([s.x for s in found], -(-module.d_in // 16) * 16)
+                y = sums.samples.upload([s.y for s in found], -(-module.d_out // 16) * 16)
+                factor = [s.factor for s in found]
+                sums.add(rows, k, who, x, y, factor, owner)
+                if own is not None:
+                    sums.add_gradients(x, y, factor)
+        get = device.download
+        waits = [get(x) for x in (sums.phi, sums.gram, sums.atoms, *sums.square, *sums.dot)]
+        phi, gram, atoms, *by_sequence = [wait() for wait in waits]
+        places = zip(sums.samples.offsets, sums.samples.counts, strict=True)
+        phi = tuple(np.ascontiguousarray(phi[:, at : at + t].T) for at, t in places)
+        many = len(self._domains)
+        return Gradients(
+            Along(self.tokens, phi), gram + np.tril(gram, -1).T, tuple(by_sequence[:many]),
+            tuple(by_sequence[many:]), np.sqrt(energy), *atoms,
+        )  # fmt: skip
 
     def modules(self) -> Iterator[_Part]:
         """Every module in turn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +23,100 @@ from mergeprobe_fast.engine.samples import Samples
 _FEWEST = 4  # samples below which the unbiased HSIC is not defined
 
 
-class DomainGrams:
-    """Grams of a chunk on every domain of the pairs' adapters.
+class OnDomains:
+    """Sums of a chunk on every domain of the pairs' adapters, from what a subclass found.
 
-    ``riding`` and ``views`` go along with the pass that has the left factors anyway, whose results
-    ``take`` gets; the others are passes of their own.
+    By need, relative ones left out: ``_cross`` (domains, results) of pairs, ``_alone`` (domains,
+    entries) of each side's, ``_factor`` (domains, modules) that both are to be multiplied by.
+    """
+
+    def __init__(
+        self, one: Side, two: Side, needs: Sequence[Need], raw: RawChunk, samples: Samples
+    ) -> None:
+        self._one, self._two, self._samples = one, two, samples
+        self._needs = list(needs)
+        # Relative needs are the same sums, divided.
+        self._kinds = {Need(n.product, n.row, n.column, n.view) for n in needs}
+        for n in self._kinds - {OUTPUT, OUTPUT_HSIC, MEAN_OUTPUT, KFAC, FISHER}:
+            raise ValueError(f"no such sum on a domain: {n}")
+        self._modules = raw.zoo.modules[raw.chunk.first : raw.chunk.last]
+        self._domains = range(len(samples.domains))
+        self._bounds = outputs(one, two)
+        self._cross: dict[Need, np.ndarray] = {}
+        self._alone: dict[Need, tuple[np.ndarray, np.ndarray]] = {}
+        self._factor: dict[Need, np.ndarray] = {}
+        self._base = None
+
+    def _divide(self) -> None:
+        """Read what relative needs are divided by."""
+        if any(n.relative for n in self._needs):
+            self._base = self._samples.base_energies(self._modules)
+
+    def _of_inputs(self, need: Need, factor: np.ndarray) -> np.ndarray:
+        """``_factor`` of a need on inputs, from what those were divided by."""
+        counts, square = self._samples.counts, factor**2
+        if need == OUTPUT:
+            return square / counts[:, None]
+        if need == MEAN_OUTPUT:
+            return square
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scale = np.where(counts >= _FEWEST, 1.0 / (counts * (counts - 3.0)), np.nan)
+        return square**2 * scale[:, None]
+
+    def _of_sides(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return values[:, self._one.entries], values[:, self._two.entries]
+
+    def sums(
+        self, modules: tuple[int, int], at: np.ndarray, both: np.ndarray | None,
+        pairs: tuple[np.ndarray, np.ndarray], domains: tuple[np.ndarray, np.ndarray],
+        spread: Callable[[Side, np.ndarray], np.ndarray], like: Any = None,
+    ) -> dict[Need, np.ndarray]:  # fmt: skip
+        """Of modules [first, last): (6, modules x pairs) by need, as in ``Sums.domain``.
+
+        ``at``: where each pair's result lies, anywhere where ``both`` is not positive (None: both
+        adapters have every module); ``pairs``: places of the adapters among modules x adapters,
+        which is how ``spread(side, values)`` puts (..., entries of a side); ``domains``: those of
+        the adapters of both sides. ``at``, ``both`` and ``pairs`` are like ``like``.
+        """
+        here, sides = slice(*modules), (self._one, self._two)
+        of, row = [], []
+        for side, place, named in zip(sides, pairs, domains, strict=True):
+            many = np.tile(named, here.stop - here.start)
+            of.append(np.asarray(many, like=like)[place])
+            row.append(of[-1] * (side.count * (here.stop - here.start)))
+        out = {}
+        for n in self._needs:
+            kind = Need(n.product, n.row, n.column, n.view)
+            factor = self._factor[kind]
+            if n.relative:
+                factor = _over(factor, self._base)
+            own, by_module = [], []
+            for side, values in zip(sides, self._alone[kind], strict=True):
+                scaled = values * factor[:, side.module] * _tops(side, n) ** 2
+                own.append(spread(side, scaled).reshape(-1))
+                whole = np.repeat(factor[:, here], side.count, axis=1).reshape(-1)
+                by_module.append(np.asarray(whole, like=like))
+            tops = [spread(side, _tops(side, n))[x] for side, x in zip(sides, pairs, strict=True)]
+            size, grams = tops[0] * tops[1], self._cross[kind].reshape(-1)
+            rows = []
+            for owner in (0, 1):
+                other = 1 - owner
+                dot = np.zeros(len(size), like=like)
+                if self._bounds[here.start] < self._bounds[here.stop]:
+                    found = np.take(grams, of[owner] * int(self._bounds[-1]) + at)
+                    dot = found * size * np.take(by_module[owner], row[owner] + pairs[owner])
+                    dot = dot if both is None else np.where(both > 0, dot, 0.0)
+                # The other adapter's own sum, on the domain of the owner.
+                far = of[owner] * (sides[other].count * (here.stop - here.start)) + pairs[other]
+                rows += [dot, np.take(own[owner], row[owner] + pairs[owner]),
+                         np.take(own[other], far)]  # fmt: skip
+            out[n] = np.stack(rows)
+        return out
+
+
+class DomainGrams(OnDomains):
+    """On the CPU. ``riding`` and ``views`` go along with the pass that has the left factors anyway,
+    whose results ``take`` gets; the others are passes of their own.
     """
 
     @_env.one_blas_thread()
@@ -34,23 +124,11 @@ class DomainGrams:
         self, one: Side, two: Side, needs: Sequence[Need], raw: RawChunk, form: CanonicalChunk,
         samples: Samples, threads: int,
     ) -> None:  # fmt: skip
-        self._one, self._two, self._samples, self._threads = one, two, samples, threads
-        self._needs = list(needs)
-        # Relative needs are the same sums, divided.
-        kinds = {Need(n.product, n.row, n.column, n.view) for n in needs}
-        for n in kinds - {OUTPUT, OUTPUT_HSIC, MEAN_OUTPUT, KFAC, FISHER}:
-            raise ValueError(f"no such sum on a domain: {n}")
-        self._domains = range(len(samples.domains))
+        super().__init__(one, two, needs, raw, samples)
+        self._threads, kinds = threads, self._kinds
         self._factors = ChunkFactors(raw, form)
-        self._bounds = outputs(one, two)
         self._seen = InputViews(self._factors, samples, centred=OUTPUT_HSIC in kinds)
-        # By need: (domains, results) of pairs, (domains, entries) of each side, (domains, modules).
-        self._cross: dict[Need, np.ndarray] = {}
-        self._alone: dict[Need, tuple[np.ndarray, np.ndarray]] = {}
-        self._factor: dict[Need, np.ndarray] = {}
-        self._base = None
-        if any(n.relative for n in needs):
-            self._base = samples.base_energies(self._factors.modules)
+        self._divide()
         ride = {
             OUTPUT: self._seen.inputs, MEAN_OUTPUT: self._seen.mean,
             OUTPUT_HSIC: self._seen.centred,
@@ -72,27 +150,17 @@ class DomainGrams:
     @_env.one_blas_thread()
     def take(self, results: np.ndarray) -> None:
         """The results of ``riding``; completes the sums."""
-        counts = self._samples.counts
         for k, n in enumerate(self._rides):
             at = k * len(self._domains)
             self._cross[n] = results[at : at + len(self._domains)]
-        square = self._seen.factor**2
-        for n in self._rides:
-            if n == OUTPUT:
-                self._factor[n] = square / counts[:, None]
-                self._alone[n] = self._of_sides(self._seen.energy)
-            elif n == MEAN_OUTPUT:
-                self._factor[n] = square
-                self._alone[n] = self._of_sides(self._seen.mean_energy)
-            else:
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    scale = np.where(counts >= _FEWEST, 1.0 / (counts * (counts - 3.0)), np.nan)
-                self._factor[n] = square**2 * scale[:, None]
-                self._unbias()
+            self._factor[n] = self._of_inputs(n, self._seen.factor)
+        if OUTPUT in self._rides:
+            self._alone[OUTPUT] = self._of_sides(self._seen.energy)
+        if MEAN_OUTPUT in self._rides:
+            self._alone[MEAN_OUTPUT] = self._of_sides(self._seen.mean_energy)
+        if OUTPUT_HSIC in self._rides:
+            self._unbias()
         del self._seen, self._factors
-
-    def _of_sides(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return values[:, self._one.entries], values[:, self._two.entries]
 
     def _unbias(self) -> None:
         """Take the samples' products with themselves out of the HSIC of pairs and of selves.
@@ -148,44 +216,10 @@ class DomainGrams:
         left, right, factor = fisher_views(self._factors, stacks, self._samples, d)
         return left, right, factor**2
 
-    def sums(
-        self, k: int, at: np.ndarray, pairs: tuple[np.ndarray, np.ndarray],
-        domains: tuple[np.ndarray, np.ndarray],
-    ) -> dict[Need, np.ndarray]:  # fmt: skip
-        """Of module k: (6, pairs) as in ``Sums.domain``.
 
-        ``at``: each pair's place among the module's results, -1 where one adapter lacks it;
-        ``pairs``: places in the two blocks of adapters; ``domains``: those of the adapters there.
-        """
-        (i, j), one, two = pairs, self._one, self._two
-        here = at >= 0
-        out = {}
-        for n in self._needs:
-            kind = Need(n.product, n.row, n.column, n.view)
-            factor = self._factor[kind][:, k]
-            if n.relative:
-                factor = _over(factor, self._base[:, k])
-            grams = self._cross[kind][:, slice(*self._bounds[k : k + 2])]
-            own = [
-                side.spread(side.rows(k), values[:, side.rows(k)] * factor[:, None]
-                            * _tops(side, k, n) ** 2)
-                for side, values in zip((one, two), self._alone[kind], strict=True)
-            ]  # fmt: skip
-            tops = [s.spread(s.rows(k), _tops(s, k, n)) for s in (one, two)]
-            size = tops[0][i] * tops[1][j]
-            rows = np.zeros((6, len(i)))
-            for start, d in ((0, domains[0][i]), (3, domains[1][j])):
-                if grams.shape[1]:
-                    rows[start] = np.where(here, grams[d, at] * size * factor[d], 0.0)
-                mine, theirs = own[0][d, i], own[1][d, j]
-                rows[start + 1 : start + 3] = (mine, theirs) if start == 0 else (theirs, mine)
-            out[n] = rows
-        return out
-
-
-def _tops(side: Side, k: int, n: Need) -> np.ndarray:
-    """What the relative sigma of a module's entries are of, to the power that a need has."""
-    return side.top[side.rows(k)] ** (1 if n.row == "sigma" else 2)
+def _tops(side: Side, n: Need) -> np.ndarray:
+    """What the relative sigma of a side's entries are of, to the power that a need has."""
+    return side.top ** (1 if n.row == "sigma" else 2)
 
 
 def _bias(t: int, dots: np.ndarray, totals: np.ndarray) -> np.ndarray:

@@ -52,7 +52,9 @@ def totals(
     equal updates is right: leverage and reweighting invert these Grams. Memory: (1 + D or 2 D) N^2
     results beside two chunks of ``passes.CHUNK_BYTES``.
 
-    ``progress`` is called with the number of modules done since the last call.
+    ``progress`` is called with the number of modules done since the last call. ``device``: from
+    :func:`mergeprobe_fast.ops.open_device`, where all of it is computed, in float64 too, and the
+    results lie until the end; None: the CPU.
 
     Raises:
         InputError: a file that changed, a factor that is not finite, a module that the calibration
@@ -61,10 +63,14 @@ def totals(
     threads = _env.threads_or_default(threads)
     domains = [] if calibration is None else list(calibration.domains)
     samples = None if calibration is None else Samples(zoo, calibration, domains)
+    if device is not None:
+        from mergeprobe_fast.engine.device_totals import device_totals
+
+        return device_totals(zoo, calibration, samples, threads, progress, device)
     n, everyone = len(zoo), np.arange(len(zoo))
     gram, inputs = np.zeros((n, n)), np.zeros((len(domains), n, n))
     relative = np.zeros_like(inputs) if calibration and calibration.has_output_moments else None
-    extra = None if samples is None else _extra_bytes(zoo, samples)
+    extra = None if samples is None else extra_bytes(zoo, samples)
     done = 0
     for raw in read_ahead(zoo, plan_chunks(zoo, everyone, passes.CHUNK_BYTES, extra), threads):
         base = None
@@ -85,7 +91,7 @@ def totals(
     return Totals(list(zoo.names), gram, domains, inputs, relative)
 
 
-def _extra_bytes(zoo: Zoo, samples: Samples) -> np.ndarray:
+def extra_bytes(zoo: Zoo, samples: Samples) -> np.ndarray:
     """A in float64, its products with all samples, and the results, of each module."""
     entries = zoo.table.entries
     ranks = np.bincount(entries["module"], entries["rank"], len(zoo.modules)).astype(np.int64)
@@ -125,7 +131,7 @@ def _module_grams(
             continue
         part = out[:, slice(*results[k : k + 2])].reshape(1 + domains, counts[k], counts[k])
         for i in np.flatnonzero(~np.isfinite(np.diagonal(part[0])))[:1]:
-            _refuse(raw, rows.start + int(i))
+            refuse(raw, rows.start + int(i))
         scale = e["scale"][rows]
         yield k, e["adapter"][rows], part * np.outer(scale, scale) * factor[:, k, None, None]
 
@@ -173,7 +179,7 @@ def _factor(raw: RawChunk, row: int, side: str) -> np.ndarray:
     return to_f32(raw.view(row, side).view(STORAGE[name]), name).astype(np.float64)
 
 
-def _refuse(raw: RawChunk, row: int) -> None:
+def refuse(raw: RawChunk, row: int) -> None:
     """Raise for an entry whose own inner product is not finite."""
     adapter, name = raw.names(row)
     module = adapter.modules[name]

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, pairwise
+from typing import Any
 
 import numpy as np
 
-from mergeprobe_fast.engine import passes
-from mergeprobe_fast.engine.chunks import CanonicalFactors, plan_chunks, read_ahead
-from mergeprobe_fast.engine.kept_sums import sums_so_far
+from mergeprobe_fast.engine.device_views import device_array, module_bounds, vector_tiles
+from mergeprobe_fast.engine.kept_sums import Sums, sums_so_far
 from mergeprobe_fast.engine.p1 import Side, fused, outputs
-from mergeprobe_fast.engine.sweep import Swept, sweep
+from mergeprobe_fast.engine.sweep import Swept, canonical_chunks, sweep
 from mergeprobe_fast.features.declare import COL_OVERLAP, ROW_OVERLAP, Spectra, ratio
+from mergeprobe_fast.ops.device import current_device
 from mergeprobe_fast.recorded import Recorded
 from mergeprobe_fast.zoo import Zoo
 
@@ -29,24 +30,41 @@ ROWS = 2048
 class Means:
     """Means over modules of (N, N) values by name."""
 
-    def __init__(self, n: int, names: tuple[str, ...]) -> None:
-        self._sum = {name: np.zeros((n, n)) for name in names}
-        self._count = {name: np.zeros((n, n)) for name in names}
+    def __init__(self, n: int, names: tuple[str, ...], device: Any = None) -> None:
+        """``device``: where values come from and sums lie, from ``ops.open_device``."""
+        self._names, self._device = names, device
+        self._like = None if device is None else device.array(np.zeros(0))
+        self._all = np.zeros((2 * len(names), n, n), like=self._like)
 
     def add(self, name: str, one: np.ndarray, two: np.ndarray, values: np.ndarray) -> None:
         """Account for a module's (adapters ``one``) x (adapters ``two``); NaN is left out."""
-        known, here = ~np.isnan(values), np.ix_(one, two)
-        self._sum[name][here] += np.where(known, values, 0.0)
-        self._count[name][here] += known
+        known, at = ~np.isnan(values), 2 * self._names.index(name)
+        one = np.asarray(one, np.int64, like=self._like).reshape(-1, 1)
+        two = np.asarray(two, np.int64, like=self._like)
+        # One adapter meets another once in a module: no place is added to twice.
+        self._all[at, one, two] += np.where(known, values, 0.0)
+        self._all[at + 1, one, two] += known.astype(np.float64)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All sums and counts."""
-        sums = {f"sum:{name}": values for name, values in self._sum.items()}
-        return sums | {f"count:{name}": values for name, values in self._count.items()}
+    def restore(self, kept: Sums) -> None:
+        """What was kept, or as it is."""
+        if kept.step:
+            arrays = {name: np.ascontiguousarray(x) for name, x in self._arrays().items()}
+            kept.restore(arrays)
+            self._all = np.asarray(np.stack(list(arrays.values())), like=self._like)
+
+    def keep(self, kept: Sums, step: int) -> None:
+        """So many steps are done."""
+        kept.reached(step, self._arrays)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        whole = self._all if self._device is None else self._all.download()
+        names = [f"{what}:{name}" for name in self._names for what in ("sum", "count")]
+        return dict(zip(names, whole, strict=True))
 
     def result(self) -> dict[str, np.ndarray]:
         """(N, N) each, NaN where no module has a value; only a <= b where only that was added."""
-        return {name: ratio(total, self._count[name]) for name, total in self._sum.items()}
+        whole = self._arrays()
+        return {n: ratio(whole[f"sum:{n}"], whole[f"count:{n}"]) for n in self._names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,39 +117,59 @@ def overlaps(zoo: Zoo, recorded: Recorded, threads: int) -> dict[str, np.ndarray
     One pass of the block Gram for the first ones and one for the last, again for every number of
     them below TOP.
     """
-    means, kept = Means(len(zoo), OVERLAPS), sums_so_far()
-    kept.restore(means.arrays())
+    device, kept = current_device(), sums_so_far()
+    means = Means(len(zoo), OVERLAPS, device)
+    means.restore(kept)
     everyone = np.arange(len(zoo))
-    chunks = plan_chunks(zoo, everyone, passes.CHUNK_BYTES)
-    chunks = [c for c in chunks if c.last > kept.step]
-    canonical = CanonicalFactors(max((c.canonical_floats for c in chunks), default=0))
-    for raw in read_ahead(zoo, chunks, threads):
-        side = Side.of(everyone, raw, canonical.compute(raw, threads))
+    for raw, form in canonical_chunks(zoo, threads, kept.step, device):
+        side = Side.of(everyone, raw, form)
         ends = np.minimum(side.rank, TOP)
         shapes = zoo.modules[raw.chunk.first : raw.chunk.last]
         sizes = [m.d_out for m in shapes], [m.d_in for m in shapes]
         for count in np.unique(ends[ends > 0]):
-            first, last = (_ends_of(side, int(count), which) for which in (False, True))
-            top = fused(first, first, *sizes, [(COL_OVERLAP, 0), (ROW_OVERLAP, 0)], threads=threads)
-            bottom = fused(last, last, *sizes, [(ROW_OVERLAP, 0)], threads=threads)
+            if device is None:
+                first, last = (_ends_of(side, int(count), which) for which in (False, True))
+                needs = [(COL_OVERLAP, 0), (ROW_OVERLAP, 0)]
+                top = fused(first, first, *sizes, needs, threads=threads)
+                bottom = fused(last, last, *sizes, needs[1:], threads=threads)
+                found = [*top, *bottom]
+            else:
+                first = _least(side, int(count))
+                few = [first.entries[first.rows(k)].tolist() for k in range(len(shapes))]
+                tiles = vector_tiles(form, module_bounds(raw))
+                found = list(device_array(tiles.overlaps(few, int(count), *sizes)))
             bounds = outputs(first, first)
-            fewer = np.minimum(first.rank, TOP)
             for k in range(len(shapes)):
                 rows, here = first.rows(k), slice(*bounds[k : k + 2])
                 who = first.where[rows]
+                if not len(who):
+                    continue
+                fewer = np.minimum(first.rank[rows], TOP)
                 # Each pair where both have so many, and one has no more that count.
-                own = np.minimum.outer(fewer[rows], fewer[rows]) == count
+                own = np.minimum.outer(fewer, fewer) == count
+                if device is not None:
+                    own = device.array(own)
                 left, right, weak = (
-                    np.where(own, x[here].reshape(own.shape) / count, np.nan)
-                    for x in (top[0], top[1], bottom[0])
+                    np.where(own, x[here].reshape(len(who), len(who)) / float(count), np.nan)
+                    for x in found
                 )
                 means.add("left_top", who, who, np.sqrt(left))
                 means.add("right_top", who, who, np.sqrt(right))
                 means.add("right_top_square", who, who, right)
                 means.add("right_bottom", who, who, np.sqrt(weak))
                 means.add("right_bottom_square", who, who, weak)
-        kept.reached(raw.chunk.last, means.arrays())
+        means.keep(kept, raw.chunk.last)
     return means.result()
+
+
+def _least(side: Side, count: int) -> Side:
+    """The entries that have at least ``count`` singular vectors, as they are."""
+    keep = side.rank >= count
+    return Side(
+        side.count, side.entries[keep], side.form,
+        np.searchsorted(side.module[keep], np.arange(len(side.bounds))).astype(np.int64),
+        np.zeros((2, 0)), side.where[keep], side.top[keep], side.sigma[keep], side.rank[keep],
+    )  # fmt: skip
 
 
 def _ends_of(side: Side, count: int, last: bool) -> Side:
@@ -166,17 +204,34 @@ AGREEMENTS = ("mean_overlap", "max_overlap", "directional_agreement")
 
 def agreements(zoo: Zoo, recorded: Recorded, threads: int) -> dict[str, np.ndarray]:
     """AGREEMENTS of a zoo: (N, N) each, between the left singular vectors that hold ENERGY."""
-    means, kept = Means(len(zoo), AGREEMENTS), sums_so_far()
-    kept.restore(means.arrays())
-    for chunk in sweep(zoo, threads, kept.step):
+    device, kept = current_device(), sums_so_far()
+    means = Means(len(zoo), AGREEMENTS, device)
+    means.restore(kept)
+    for chunk in sweep(zoo, threads, kept.step, device):
         for k in range(max(0, kept.step - chunk.first), len(chunk.modules)):
-            for one, two in combinations_with_replacement(_blocks(chunk, k), 2):
-                m, n = one.tile("u", two), one.tile("v", two)
-                _add(means, one, two, m, n)
-                if one is not two:
-                    _add(means, two, one, m.transpose(2, 3, 0, 1), n.transpose(2, 3, 0, 1))
-            kept.reached(chunk.first + k + 1, means.arrays())
+            if device is not None:
+                _agree_on_device(means, chunk, k)
+            else:
+                for one, two in combinations_with_replacement(_blocks(chunk, k), 2):
+                    m, n = one.tile("u", two), one.tile("v", two)
+                    _add(means, one, two, m, n)
+                    if one is not two:
+                        _add(means, two, one, m.transpose(2, 3, 0, 1), n.transpose(2, 3, 0, 1))
+            means.keep(kept, chunk.first + k + 1)
     return means.result()
+
+
+def _agree_on_device(means: Means, chunk: Swept, k: int) -> None:
+    """Account for a module."""
+    here = chunk.entries([k])
+    here = here[chunk.rank[here] > 0]
+    if len(here) == 0:
+        return
+    sigma = np.ascontiguousarray(chunk.sigma[here])
+    tiles = vector_tiles(chunk.form, chunk.bounds)
+    for one, two, values in tiles.agreements(k, here.tolist(), energy_rank(sigma), sigma):
+        for name, x in zip(AGREEMENTS, device_array(values), strict=True):
+            means.add(name, chunk.adapter[one], chunk.adapter[two], x)
 
 
 def _add(means: Means, one: _Block, two: _Block, m: np.ndarray, n: np.ndarray) -> None:

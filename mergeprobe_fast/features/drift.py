@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from mergeprobe_fast.engine.device_views import chunk_rows
 from mergeprobe_fast.engine.samples import Samples
 from mergeprobe_fast.engine.sweep import Swept, sweep
 from mergeprobe_fast.features.declare import AdapterColumn, Family, ratio
 from mergeprobe_fast.features.twins import directed
+from mergeprobe_fast.ops.device import current_device
 from mergeprobe_fast.recorded import Recorded, lacks_output_moments
 from mergeprobe_fast.zoo import Zoo
 
@@ -48,7 +51,11 @@ class _Sums:
 def _compute(zoo: Zoo, recorded: Recorded, threads: int) -> Drift:
     samples, of = Samples.of_adapters(zoo, recorded, np.arange(len(zoo)))
     sums = _Sums(len(zoo), len(samples.domains))
-    for chunk in sweep(zoo, threads):
+    device = current_device()
+    for chunk in sweep(zoo, threads, device=device):
+        if device is not None:
+            _add_on_device(sums, chunk, samples, of, device)
+            continue
         for modules in samples.groups(chunk.modules):
             _add(sums, chunk, modules, samples, of)
 
@@ -105,6 +112,44 @@ def _add(
         sums.median[adapter] += [_median(*x) for x in zip(channels, moments, strict=True)]
 
 
+def _add_on_device(
+    sums: _Sums, chunk: Swept, samples: Samples, of: np.ndarray, device: Any
+) -> None:  # fmt: skip
+    """Account for a chunk."""
+    from mergeprobe_fast.kernels.domain_views import SampleRows
+    from mergeprobe_fast.kernels.sample_sums import drift
+
+    np.add.at(sums.modules, chunk.adapter, 1.0)
+    rows, staged = chunk_rows(chunk.form, chunk.bounds), SampleRows(device, samples.counts)
+    domains, found = range(len(samples.domains)), []
+    for modules in samples.groups(chunk.modules):
+        alive = [k for k in modules if chunk.rank[slice(*chunk.bounds[k : k + 2])].any()]
+        if not alive:
+            continue
+        values = [samples.inputs(d, chunk.modules[alive[0]].name) for d in domains]
+        width = -(-chunk.modules[alive[0]].d_in // 16) * 16
+        x = staged.upload([v.values for v in values], width)
+        for k in alive:
+            base = np.array([samples.calibration.output_moment(d, chunk.modules[k].name)
+                             for d in samples.domains])  # fmt: skip
+            here = slice(*chunk.bounds[k : k + 2])
+            own = device.array(of[chunk.adapter[here]]).tensor
+            made = drift(rows, k, x, staged.counts, staged.offsets, [v.factor for v in values],
+                         own, base)  # fmt: skip
+            found.append((here, base.sum(1), device.download(made)))
+    for here, base, wait in found:
+        for i, (energy, top, rank, *medians) in zip(range(here.start, here.stop), wait(),
+                                                    strict=True):  # fmt: skip
+            adapter = chunk.adapter[i]
+            if chunk.rank[i]:
+                sums.alive[adapter] = True
+                sums.energy[adapter] += energy
+                sums.top[adapter] += top
+                sums.rank[adapter] += energy * rank
+                sums.relative[adapter] += _over(energy, base[of[adapter]])
+                sums.median[adapter] += medians
+
+
 def _over(top: float, bottom: float) -> float:
     return top / bottom if bottom > 0 else np.nan
 
@@ -128,30 +173,51 @@ def _shifts(zoo: Zoo, recorded: Recorded, threads: int) -> np.ndarray:
     samples, of = Samples.of_adapters(zoo, recorded, np.arange(len(zoo)))
     found = np.full((len(zoo), len(zoo.modules)), np.nan)
     place = {m.name: k for k, m in enumerate(zoo.modules)}
-    for chunk in sweep(zoo, threads):
+    device = current_device()
+    for chunk in sweep(zoo, threads, device=device):
         for k, module in enumerate(chunk.modules):
             here = chunk.entries([k])
             for d in dict.fromkeys(of[chunk.adapter[here]].tolist()):
-                base = _Base(samples, d, module.name)
-                for i in here[of[chunk.adapter[here]] == d]:
-                    if chunk.rank[i] > 0:
-                        right = chunk.vectors("v", i) * chunk.sigma[i, : chunk.rank[i]]
-                        found[chunk.adapter[i], place[module.name]] = base.shift(
-                            chunk.vectors("u", i).astype(np.float64), right
-                        )
+                those = here[(of[chunk.adapter[here]] == d) & (chunk.rank[here] > 0)]
+                base = _Base(samples, d, module.name, device)
+                if device is not None:
+                    shifts = base.on_device(chunk, k, those, device)
+                    found[chunk.adapter[those], place[module.name]] = shifts
+                    continue
+                for i in those:
+                    right = chunk.vectors("v", i) * chunk.sigma[i, : chunk.rank[i]]
+                    found[chunk.adapter[i], place[module.name]] = base.shift(
+                        chunk.vectors("u", i).astype(np.float64), right
+                    )
     return found
 
 
 class _Base:
     """The base module's inputs and outputs at the samples of a domain."""
 
-    def __init__(self, samples: Samples, d: int, module: str) -> None:
+    def __init__(self, samples: Samples, d: int, module: str, device: Any = None) -> None:
         x = samples.calibration.inputs(samples.domains[d], module)
         y = samples.calibration.outputs(samples.domains[d], module)
+        if device is not None:
+            self._x, self._y = x, y
+            return
         self._x = x.astype(np.float64)
         self._y = y.astype(np.float64)
         self._y -= self._y.mean(0)
         self._gram = _u_centred(self._y @ self._y.T)
+
+    def on_device(self, chunk: Swept, k: int, entries: np.ndarray, device: Any) -> np.ndarray:
+        """``shift`` of some entries of a module; waits for the device."""
+        if len(self._x) < 4 or not len(entries):
+            return np.full(len(entries), np.nan)
+        from mergeprobe_fast.kernels.domain_views import SampleRows
+        from mergeprobe_fast.kernels.sample_sums import shifts
+
+        staged = SampleRows(device, [len(self._x)])
+        x, y = (staged.upload([v], -(-v.shape[1] // 16) * 16)[: len(v)]
+                for v in (self._x, self._y))  # fmt: skip
+        rows = chunk_rows(chunk.form, chunk.bounds)
+        return device.download(shifts(rows, k, entries.tolist(), x, y))()
 
     def shift(self, left: np.ndarray, right: np.ndarray) -> float:
         """1 - CKA of Y and Y + X right left^T, without the difference of two nearly equal numbers.

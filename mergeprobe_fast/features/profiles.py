@@ -12,10 +12,12 @@ from itertools import pairwise
 import numpy as np
 
 from mergeprobe_fast.engine.channels import SIDE, energies
+from mergeprobe_fast.engine.device_views import chunk_rows
 from mergeprobe_fast.engine.kept_sums import sums_so_far
-from mergeprobe_fast.engine.sweep import sweep
+from mergeprobe_fast.engine.sweep import Swept, sweep
 from mergeprobe_fast.engine.work import canonical_work, factor_work
 from mergeprobe_fast.features.declare import AdapterColumn, Family, PairColumn, Spectra, ratio
+from mergeprobe_fast.ops.device import current_device
 from mergeprobe_fast.recorded import Recorded
 from mergeprobe_fast.zoo import Zoo
 
@@ -184,18 +186,35 @@ def _channels(zoo: Zoo, recorded: Recorded, threads: int) -> Channels:
     out, kept = Channels(*({side: np.zeros(n) for side in SIDE} for _ in range(4))), sums_so_far()
     arrays = {f"{name}:{side}": sums for name, of in vars(out).items() for side, sums in of.items()}
     kept.restore(arrays)
-    for chunk in sweep(zoo, threads, kept.step):
-        for i in np.flatnonzero(chunk.rank > 0):
-            who, top = chunk.adapter[i], chunk.sigma[i, 0] ** 2
-            for side in SIDE:
-                p = energies(chunk, side, int(i)) * top
-                total = p.sum()
-                out.total[side][who] += total
-                out.square[side][who] += np.square(p).sum()
-                out.flat[side][who] += total**2 / len(p)
-                out.peak[side][who] = max(out.peak[side][who], p.max() / total * len(p))
+    device = current_device()
+    for chunk in sweep(zoo, threads, kept.step, device):
+        rows = None if device is None else chunk_rows(chunk.form, chunk.bounds)
+        here = np.flatnonzero(chunk.rank > 0)
+        for side in SIDE:
+            top = chunk.sigma[here, 0] ** 2
+            if device is None:
+                made = (energies(chunk, side, int(i)) * t for i, t in zip(here, top, strict=True))
+                found = np.array([(p.sum(), np.square(p).sum(), p.max()) for p in made])
+            else:
+                found = device.download(rows.profile(SIDE[side]))().T[here]
+                found *= np.stack([top, top**2, top], axis=1)
+            _add(out, side, chunk, here, found)
         kept.reached(chunk.first + len(chunk.modules), arrays)
     return out
+
+
+def _add(
+    out: Channels, side: str, chunk: Swept, here: np.ndarray, found: np.ndarray
+) -> None:  # fmt: skip
+    """Account for some entries: sum, sum of squares and largest of the channels' energies."""
+    for i, (total, square, peak) in zip(here, found, strict=True):
+        who = chunk.adapter[i]
+        module = chunk.modules[int(np.searchsorted(chunk.bounds, i, side="right")) - 1]
+        channels = module.d_out if side == "out" else module.d_in
+        out.total[side][who] += total
+        out.square[side][who] += square
+        out.flat[side][who] += total**2 / channels
+        out.peak[side][who] = max(out.peak[side][who], peak / total * channels)
 
 
 def _share_used(side: str) -> Callable[[Channels], np.ndarray]:
