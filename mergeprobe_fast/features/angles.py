@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mergeprobe_fast.engine.angles import TOP, AngleTable, PairAngles, Value, angles, work
+from mergeprobe_fast.engine.angle_tables import AngleTable, PairAngles, Value
+from mergeprobe_fast.engine.angles import TOP, angles, work
 from mergeprobe_fast.features.declare import Family, PairColumn, ratio
 from mergeprobe_fast.features.twins import directed, sided
 from mergeprobe_fast.ops.angles import LEAST_SQUARE
