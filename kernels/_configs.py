@@ -97,7 +97,29 @@ ORDER = dict.fromkeys(MERGE, TileConfig(16, 64, num_warps=4, tiles=16))
 INTERPRETER_TILE = TileConfig(16, 32, num_warps=1, tiles=2)
 ORDER_BITS = 17  # of a key, counted apart in one pass: 1 MiB per order statistic
 ORDER_SLOTS = 64  # places for one count, so that fewer programs wait for each other
-WORKSPACE = 1 << 28  # bytes: rows of a merged delta, or limits and sorted rows of "della"
+WORKSPACE = 1 << 28  # bytes: rows of a merged delta, limits and sorted rows of "della", or a strip
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Launches of the statistics of pairs: `block` x `block` pairs a program. Unmeasured."""
+
+    block: int
+    sums_warps: int
+    counts_warps: int
+    run: int = 256  # entries whose float32 sums are added up in float64
+    sums_step: int = 4  # entries at a time, and of products of zeros and ones
+    counts_step: int = 32
+    programs: int = 4096  # wanted, by cutting the entries into segments
+
+
+# Statistics of entries. Sums are float32 over `tiles` numbers in a row.
+ENTRY = TileConfig(16, 64, num_warps=4, tiles=16)
+ENTRY_SAMPLE = TileConfig(8, 16, num_warps=1, tiles=16)  # the tiles of a sample are that small
+ENTRY_INTERPRETER = TileConfig(16, 64, num_warps=1, tiles=2)
+# Six float32 sums of each pair in registers: 8 pairs a thread.
+PAIR = PairConfig(32, sums_warps=4, counts_warps=4)
+PAIR_INTERPRETER = PairConfig(16, 1, 1, run=256, sums_step=128, programs=4)
 
 
 def order_sample(size):

@@ -10,15 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
-def pack_kernel(p_rows, p_out, p_bad, d, s_out, BLOCK: tl.constexpr):
-    """Row i of the output: a row of a factor, wherever it lies, and zeros after its end.
+def factor_row(p_rows, i_row, o, m, BLOCK: tl.constexpr):
+    """Elements o of a row of a factor, wherever it lies, in float32; 0 where the mask m is not.
 
     p_rows: int64 (rows, 4): address, stride in elements, dtype code (-1: a row of zeros), and where
     to note that it is not finite.
     """
-    i_row = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m = o < d
     address = tl.load(p_rows + i_row * 4)
     offset = o.to(tl.int64) * tl.load(p_rows + i_row * 4 + 1)
     code = tl.load(p_rows + i_row * 4 + 2)
@@ -34,6 +31,22 @@ def pack_kernel(p_rows, p_out, p_bad, d, s_out, BLOCK: tl.constexpr):
     elif code == 3:
         p = address.to(tl.pointer_type(tl.float64)) + offset
         b = tl.load(p, mask=m, other=0.0).to(tl.float32)
+    return b
+
+
+@triton.jit
+def pack_kernel(p_rows, p_index, p_out, p_bad, d, s_out, BLOCK: tl.constexpr):
+    """Row i of the output: a row of a factor, and zeros after its end.
+
+    p_rows: as :func:`factor_row` has them. p_index: which d elements of a row; None: the first.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m = o < d
+    o_from = o
+    if p_index is not None:
+        o_from = tl.load(p_index + o, mask=m, other=0)
+    b = factor_row(p_rows, i_row, o_from, m, BLOCK=BLOCK)
     if tl.max(not_finite(b), axis=0) > 0:  # whoever notes it writes the same
         tl.store(p_bad + tl.load(p_rows + i_row * 4 + 3), 1)
     tl.store(p_out + i_row * s_out + o, b.to(p_out.dtype.element_ty), mask=o < s_out)

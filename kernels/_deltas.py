@@ -121,8 +121,11 @@ class DeviceDeltas:
         return self.U.device
 
 
-def pack_launch(rows, d, bad, dtype):
-    """The launch that fills a buffer from row descriptions: (kernel, grid, arguments by name)."""
+def pack_launch(rows, d, bad, dtype, index=None):
+    """The launch that fills a buffer from row descriptions: (kernel, grid, arguments by name).
+
+    ``index``: int32 (d,) on the device, the elements of each row to take; None: the first d.
+    """
     config = _configs.PACK
     width = max(-(-d // _configs.PAD), 1) * _configs.PAD
     device = bad.device
@@ -131,6 +134,7 @@ def pack_launch(rows, d, bad, dtype):
         (len(rows), -(-width // config.block)),
         dict(
             p_rows=torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).to(device),
+            p_index=index,
             p_out=torch.empty((max(len(rows), 1), width), dtype=dtype, device=device),
             p_bad=bad,
             d=d,

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from . import _configs
 from ._arguments import Stack
 from ._inspect_canonical import canonical_launches
+from ._inspect_entries import entry_launches
 from ._inspect_pass import pass_variants
 from ._inspect_tiles import tile_launches
 from .gram import launches
@@ -134,6 +135,12 @@ def main():
                 f"sm_{arch} {kind:6} {name:17} {used.registers:3} registers, "
                 f"{used.stack} bytes spilled, {used.shared / 1024:g} KiB shared"
             )
+    for arch, (name, launch) in product((80, 90), entry_launches().items()):
+        used = resources(launch, arch)
+        print(
+            f"sm_{arch} entries {name:18} {used.registers:3} registers, "
+            f"{used.stack} bytes spilled, {used.shared / 1024:g} KiB shared"
+        )
     for arch, height in product((80, 90), _configs.CANONICAL):
         for name, launch in canonical_launches(height).items():
             used = resources(launch, arch)

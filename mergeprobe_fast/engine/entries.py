@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from mergeprobe_fast import _env
 from mergeprobe_fast.engine import passes
 from mergeprobe_fast.engine.chunks import Chunk, RawFactors, plan_chunks, read_ahead
-from mergeprobe_fast.engine.entry_modules import EntryModule, Factors, Measured
+from mergeprobe_fast.engine.entry_modules import EntryModule, Factors, Measured, OfPairs
 from mergeprobe_fast.engine.kept_sums import sums_so_far
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.ops.entries import COLUMNS, ROWS, Sample
@@ -21,6 +22,8 @@ from mergeprobe_fast.zoo import Module, Zoo
 # stripe. Fewer where factors are large: those of the blocks in flight, as read and packed, take
 # FACTOR_BYTES.
 BLOCK = 256
+# The same on a device, whose partial sums are another matter.
+DEVICE_BLOCK = 1024
 FACTOR_BYTES = 1 << 30
 # Entries of a module that are looked at, at least: thresholds are its own.
 FEWEST = 8192
@@ -95,24 +98,6 @@ class OfAdapters:
 
 
 @dataclass(frozen=True, eq=False)
-class OfPairs:
-    """Per pair (a, b), over the modules that both have, as if every entry had been looked at.
-
-    (N, N) float64, symmetric but for ``opposed``; the diagonal is 0.
-    """
-
-    conflicts: np.ndarray
-    both: np.ndarray  # entries where neither is 0
-    expected: np.ndarray  # conflicts of Gaussian entries with the cosine of each module
-    mass: np.ndarray  # sum |w_a w_b|
-    conflict_mass: np.ndarray
-    opposed: np.ndarray  # sum |w_a| over conflicts
-    cancelled: np.ndarray  # sum of the smaller of |w_a|, |w_b| over conflicts
-    squares: np.ndarray  # sum (w_a w_b)^2
-    top: np.ndarray  # entries that are top in both
-
-
-@dataclass(frozen=True, eq=False)
 class EntrySums:
     """What :func:`entry_sums` gives."""
 
@@ -120,20 +105,26 @@ class EntrySums:
     pairs: OfPairs
 
 
-def entry_sums(zoo: Zoo, looking: Looking, *, threads: int | None = None) -> EntrySums:
+def entry_sums(
+    zoo: Zoo, looking: Looking, *, threads: int | None = None, device: Any = None
+) -> EntrySums:
     """Sums over the entries of every adapter and of every pair of a zoo.
 
     Thresholds of top entries are those of each module. Results do not depend on the number of
     threads, and those of a pair on other adapters only where a sample does (:class:`Looking`), or,
     with more than 85 adapters, by the rounding of float64.
 
-    Memory: FACTOR_BYTES for factors, 192 MiB of partial sums at most, and 9 N^2 numbers.
+    ``device``: from :func:`mergeprobe_fast.ops.device.open_device`; entries and pairs are there,
+    counts are the CPU's. Deltas that may be nothing but rounding are looked at on the CPU.
+
+    Memory: FACTOR_BYTES for factors, 192 MiB of partial sums at most, and 9 N^2 numbers. On a
+    device FACTOR_BYTES, 9 N^2 numbers, and what ``kernels.entry_statistics`` says.
 
     Raises:
         InputError: a file that changed, a factor that is not finite, a delta that overflows
             float32; names file and key.
     """
-    work = _Work(zoo, looking, _env.threads_or_default(threads))
+    work = _Work(zoo, looking, _env.threads_or_default(threads), device)
     work.run()
     return EntrySums(work.adapters, work.pairs)
 
@@ -153,8 +144,10 @@ class _Work:
     """A pass over all entries, in steps: module by module the pairs within each block of adapters,
     and then those of two blocks."""
 
-    def __init__(self, zoo: Zoo, looking: Looking, threads: int) -> None:
-        self._zoo, self._looking, self._threads = zoo, looking, threads
+    def __init__(
+        self, zoo: Zoo, looking: Looking, threads: int, device: Any = None
+    ) -> None:
+        self._zoo, self._looking, self._threads, self._device = zoo, looking, threads, device
         self._total = total_entries(zoo)
         n = len(zoo)
         self.adapters, self.pairs = OfAdapters(*np.zeros((13, n))), OfPairs(*np.zeros((9, n, n)))
@@ -162,10 +155,19 @@ class _Work:
         counts = [len(b) * (len(b) + 1) // 2 for b in self._blocks]
         self._first = np.concatenate([[0], np.cumsum(counts)])  # step of each module
         self._measured: list[Measured] = []  # blocks of the module that it is at
+        self._totals: Any = self.pairs  # or those on the device
         self._kept = sums_so_far()
         self._kept.restore(self._arrays())
+        if device is not None:
+            from mergeprobe_fast.kernels.entry_totals import PairTotals
+
+            self._totals = PairTotals(device, n, vars(self.pairs) if self._kept.step else None)
 
     def _arrays(self) -> dict[str, np.ndarray]:
+        """Of adapters and pairs by name, what has been added up."""
+        if self._totals is not self.pairs:
+            for name, values in self._totals.arrays().items():
+                getattr(self.pairs, name)[...] = values
         return {
             f"{kind}.{name}": values
             for kind, sums in (("adapters", self.adapters), ("pairs", self.pairs))
@@ -177,7 +179,8 @@ class _Work:
         first, last = self._zoo.table.module_bounds[k : k + 2]
         raw, packed = self._bytes(k)
         # As read: one that is held, one in use, one being read. Packed: two.
-        side = min(BLOCK, max(2, FACTOR_BYTES // max(1, 3 * raw + 2 * packed)))
+        most = BLOCK if self._device is None else DEVICE_BLOCK
+        side = min(most, max(2, FACTOR_BYTES // max(1, 3 * raw + 2 * packed)))
         return np.array_split(np.arange(first, last), max(1, -(-(last - first) // side)))
 
     def _bytes(self, k: int) -> tuple[int, int]:
@@ -196,8 +199,10 @@ class _Work:
         plan = self._plan()
         chunks = [read.chunk for read in plan]
         held, memory = None, None
-        for raw, read in zip(read_ahead(self._zoo, chunks, self._threads), plan, strict=True):
-            here = Factors(raw)
+        room = None if self._device is None else self._device.memory
+        ahead = read_ahead(self._zoo, chunks, self._threads, room)
+        for raw, read in zip(ahead, plan, strict=True):
+            here = Factors(raw, self._device)
             if read.module is None:
                 for k in range(raw.chunk.first, raw.chunk.last):
                     self._whole(k, here)
@@ -207,9 +212,13 @@ class _Work:
                 if held is None or held[:2] != (read.module, read.held):
                     chunk = self._chunk(read.module, read.held)
                     if memory is None:
-                        memory = RawFactors(self._zoo, max(c.raw_bytes for c in chunks))
-                    held = read.module, read.held, Factors(memory.read(chunk, self._threads))
+                        memory = RawFactors(self._zoo, max(c.raw_bytes for c in chunks), room)
+                    block = Factors(memory.read(chunk, self._threads), self._device)
+                    block.release()
+                    held = read.module, read.held, block
                 self._two(read.module, read.held, read.block, held[2], here)
+            here.release()
+        self._arrays()
 
     def _plan(self) -> list[_Read]:
         """What is to be read: nothing of what was kept."""
@@ -257,7 +266,8 @@ class _Work:
 
     def _module(self, k: int) -> EntryModule:
         sample = self._looking.sample(self._zoo.modules[k], self._total)
-        return EntryModule(self._zoo, k, self._looking.density, sample, self._threads)
+        density = self._looking.density
+        return EntryModule(self._zoo, k, density, sample, self._threads, self._device)
 
     def _measure(self, k: int, block: int, here: Factors) -> None:
         if block == 0:
@@ -266,10 +276,10 @@ class _Work:
         self._measured.append(found)
         if (step := self._step(k, block)) >= self._kept.step:
             self._at.add(found, self.adapters)
-            self._at.add_pairs(found, here, None, None, self.pairs)
-            self._kept.reached(step + 1, self._arrays())
+            self._at.add_pairs(found, here, None, None, self._totals)
+            self._kept.reached(step + 1, self._arrays)
 
     def _two(self, k: int, one: int, two: int, held: Factors, here: Factors) -> None:
         if (step := self._step(k, one, two)) >= self._kept.step:
-            self._at.add_pairs(self._measured[one], held, self._measured[two], here, self.pairs)
-            self._kept.reached(step + 1, self._arrays())
+            self._at.add_pairs(self._measured[one], held, self._measured[two], here, self._totals)
+            self._kept.reached(step + 1, self._arrays)

@@ -11,7 +11,7 @@ import numpy as np
 from mergeprobe_fast.engine.chunks import RawChunk
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.dtypes import STORAGE, to_f32
-from mergeprobe_fast.ops._tables import DTYPE_CODE, SEGMENT
+from mergeprobe_fast.ops._tables import DTYPE_CODE, SEGMENT, address
 from mergeprobe_fast.ops.canonical import canonical
 from mergeprobe_fast.ops.entries import (
     Moments,
@@ -21,12 +21,14 @@ from mergeprobe_fast.ops.entries import (
     entry_pairs,
     entry_sizes,
 )
+from mergeprobe_fast.ops.entries_device import entry_pairs_there
 from mergeprobe_fast.ops.tiles import NotFinite
 from mergeprobe_fast.ops.tiles_rule import Deltas
 from mergeprobe_fast.zoo import Zoo
 
 if TYPE_CHECKING:
-    from mergeprobe_fast.engine.entries import OfAdapters, OfPairs
+    from mergeprobe_fast.engine.entries import OfAdapters
+    from mergeprobe_fast.kernels.entry_totals import PairTotals
 
 # A delta this far below the size of what it is a sum of may be nothing but rounding.
 _SUSPECT = 1e-5
@@ -34,34 +36,76 @@ _DTYPE = {code: name for name, code in DTYPE_CODE.items()}
 
 
 class Factors:
-    """The factors of a chunk in memory."""
+    """The factors of a chunk in memory, and on ``device``: see :meth:`release`."""
 
-    def __init__(self, raw: RawChunk) -> None:
+    def __init__(self, raw: RawChunk, device: Any = None) -> None:
         self.raw = raw
         self._segments = raw.fill(np.zeros(len(raw.entries), SEGMENT))
+        self._copy: Any = None
+        self._shift = 0
+        self.release: Callable[[], None] = lambda: None  # before the chunk's bytes go
+        if device is not None:
+            start = int(min(raw.a.min(), raw.b.min()))
+            first = start - address(raw.buffer)
+            last = first + raw.chunk.raw_bytes
+            self._copy, self.release = device.upload(raw.buffer[first:last])
+            self._shift = self._copy.data_ptr() - start
 
     def of(self, rows: np.ndarray, scale: np.ndarray) -> _Some:
         """Deltas of rows of the problem table, with these scales."""
         places = np.searchsorted(self.raw.chunk.rows, rows)
         segments = self._segments[places]
         segments["scale"] = scale
-        return _Some(segments, [(self.raw, int(i)) for i in places])
+        shift = np.full(len(rows), self._shift, np.int64)
+        return _Some(segments, [(self.raw, int(i)) for i in places], shift, [self._copy])
 
 
 class _Some(NamedTuple):
-    """Deltas of one module, and where in which chunk each lies."""
+    """Deltas of one module, and where in which chunk each lies; and on a device: so many bytes
+    from there, in ``copies``."""
 
     segments: np.ndarray
     places: list[tuple[RawChunk, int]]
+    shift: np.ndarray
+    copies: list[Any]
 
     def and_of(self, other: _Some) -> _Some:
-        return _Some(np.concatenate([self.segments, other.segments]), self.places + other.places)
+        segments = np.concatenate([self.segments, other.segments])
+        shift = np.concatenate([self.shift, other.shift])
+        return _Some(segments, self.places + other.places, shift, self.copies + other.copies)
 
     def only(self, which: np.ndarray) -> _Some:
-        return _Some(self.segments[which], [self.places[i] for i in np.arange(len(self))[which]])
+        places = [self.places[i] for i in np.arange(len(self))[which]]
+        return _Some(self.segments[which], places, self.shift[which], self.copies)
+
+    def there(self) -> np.ndarray:
+        """The segments with addresses on the device."""
+        segments = self.segments.copy()
+        for side in "uv":
+            data = segments[side]["data"].astype(np.int64) + self.shift
+            segments[side]["data"] = data.astype(np.uint64)
+        return segments
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+@dataclass(frozen=True, eq=False)
+class OfPairs:
+    """Per pair (a, b), over the modules that both have, as if every entry had been looked at.
+
+    (N, N) float64, symmetric but for ``opposed``; the diagonal is 0.
+    """
+
+    conflicts: np.ndarray
+    both: np.ndarray  # entries where neither is 0
+    expected: np.ndarray  # conflicts of Gaussian entries with the cosine of each module
+    mass: np.ndarray  # sum |w_a w_b|
+    conflict_mass: np.ndarray
+    opposed: np.ndarray  # sum |w_a| over conflicts
+    cancelled: np.ndarray  # sum of the smaller of |w_a|, |w_b| over conflicts
+    squares: np.ndarray  # sum (w_a w_b)^2
+    top: np.ndarray  # entries that are top in both
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +123,18 @@ class Measured:
 
 
 class EntryModule:
-    """Module ``k`` of a zoo: the top entries are a share ``density``; ``sample`` None is all."""
+    """Module ``k`` of a zoo: the top entries are a share ``density``; ``sample`` None is all.
+
+    ``device``: None is the CPU; else factors must be there. What may be nothing but rounding is
+    looked at on the CPU, delta by delta.
+    """
 
     def __init__(
-        self, zoo: Zoo, k: int, density: float, sample: Sample | None, threads: int
-    ) -> None:
+        self, zoo: Zoo, k: int, density: float, sample: Sample | None, threads: int,
+        device: Any = None,
+    ) -> None:  # fmt: skip
         self._zoo, self._module, self._density = zoo, zoo.modules[k], density
-        self._sample, self._threads = sample, threads
+        self._sample, self._threads, self._device = sample, threads, device
 
     def measure(self, factors: Factors, rows: np.ndarray) -> Measured:
         """A block of adapters by itself. Its factors are in the chunk.
@@ -123,7 +172,12 @@ class EntryModule:
     def _deltas(self, some: _Some) -> Deltas:
         buffers = [raw.buffer for raw, _ in some.places]
         segments = np.ascontiguousarray(some.segments)
-        return Deltas(segments, self._module.d_out, self._module.d_in, buffers)
+        d_out, d_in, there = self._module.d_out, self._module.d_in, None
+        if self._device is not None:
+            from mergeprobe_fast.kernels.entry_factors import EntryFactors
+
+            there = EntryFactors(some.there(), d_out, d_in, self._device.torch, some.copies)
+        return Deltas(segments, d_out, d_in, buffers, there)
 
     def _call(self, function: Callable, some: _Some, *arguments: Any, **options: Any) -> Any:
         """A function of ops on deltas; names what it refuses."""
@@ -184,10 +238,10 @@ class EntryModule:
 
     def add_pairs(
         self, one: Measured, factors: Factors, two: Measured | None, others: Factors | None,
-        pairs: OfPairs,
+        pairs: OfPairs | PairTotals,
     ) -> None:  # fmt: skip
         """Account for the pairs of a block, whose factors are in ``factors``, by itself or with a
-        second one, whose are in ``others``."""
+        second one, whose are in ``others``. On a device ``pairs`` are there."""
         if not len(one.rows) or (two is not None and not len(two.rows)):
             return
         some, blocks = factors.of(one.rows, one.scale), [one]
@@ -198,9 +252,13 @@ class EntryModule:
         who, unit = (np.concatenate([getattr(b, x) for b in blocks]) for x in ("who", "unit"))
         thresholds = np.concatenate([b.moments.threshold for b in blocks]).astype(np.float32)
         split = 0 if two is None else len(one.rows)
-        found: Pairs = self._call(
-            entry_pairs, some, thresholds, units=unit, split=split, sample=self._sample
-        )
+        factor_of = np.concatenate([self._factor(b.moments) for b in blocks])
+        options = {"units": unit, "split": split, "sample": self._sample}
+        if not isinstance(pairs, OfPairs):
+            counts, sums = self._call(entry_pairs_there, some, thresholds, **options)
+            pairs.add(counts, sums, who, unit, factor_of)
+            return
+        found: Pairs = self._call(entry_pairs, some, thresholds, **options)
         if split:
             i, j = (x.ravel() for x in np.indices((split, len(some) - split)))
             j = j + split
@@ -208,7 +266,7 @@ class EntryModule:
             i, j = np.triu_indices(len(some), 1)
         a, b = who[i], who[j]
         got = Pairs(*(x[i, j].astype(np.float64) for x in found))
-        factor = np.concatenate([self._factor(b.moments) for b in blocks])[i]
+        factor = factor_of[i]
         # Not those of the moments: the cosine of a copy must be 1, as its arccosine is wanted.
         squares = np.diagonal(found.mass)
         with np.errstate(divide="ignore", invalid="ignore"):

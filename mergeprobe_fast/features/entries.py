@@ -17,6 +17,7 @@ from mergeprobe_fast.engine.entries import EntrySums, Looking, entry_sums, total
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.features.declare import AdapterColumn, Family, PairColumn, ratio
 from mergeprobe_fast.features.twins import directed
+from mergeprobe_fast.ops.device import current_device
 from mergeprobe_fast.recorded import Recorded
 from mergeprobe_fast.zoo import Zoo
 
@@ -220,6 +221,9 @@ def entry_features(
         density: share of the entries of each module that count as its largest.
         seed: which entries are looked at.
 
+    On a device everything is there, but whether an update is nothing but rounding is looked at on
+    the CPU, for those that may be.
+
     Raises:
         InputError: arguments out of range.
     """
@@ -228,7 +232,7 @@ def entry_features(
     looking = Looking(None if entries == "exact" else entries, density, seed)
 
     def compute(zoo: Zoo, recorded: Recorded, threads: int) -> EntrySums:
-        return entry_sums(zoo, looking, threads=threads)
+        return entry_sums(zoo, looking, threads=threads, device=current_device())
 
     return Family(
         "entries", lambda recorded: None, compute, title="Entries",
