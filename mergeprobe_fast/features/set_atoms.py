@@ -75,6 +75,7 @@ def _atoms(request: SetRequest) -> Values:
             problem = AtomProblem(
                 m.atoms.left[rows] * m.atoms.sigma[rows, None],
                 {t: seen[t][rows] for t in dict.fromkeys(own)}, own, owner, 1.0 / energy[members],
+                device=request.device,
             )  # fmt: skip
             for name, z in (("atom", problem.solve()), ("pruned", problem.prune())):
                 error[name][s, : len(members)] += problem.errors(z)
@@ -103,7 +104,8 @@ def _seen(
     seen = {}
     for t in domains:
         x = inputs(request.recorded.calibration, names[t], m.module)
-        seen[int(t)] = seen_by(m.atoms.right, x, scale.of(names[t], m.module.name))
+        factor = scale.of(names[t], m.module.name)
+        seen[int(t)] = seen_by(m.atoms.right, x, factor, device=request.device)
     return seen
 
 
@@ -134,7 +136,7 @@ def _optimum(request: SetRequest) -> Values:
         counts = np.array([[scale.of(g, m.name) for g in domains] for m in source.modules])
         merge = MergeRequest(
             source, counts / energy[members], None, None, request.threads, arguments,
-            request.progress, recorded.calibration, domains,
+            request.progress, recorded.calibration, domains, request.device,
         )  # fmt: skip
         error = np.zeros(len(members))
         for k, module in enumerate(run(method, merge)):

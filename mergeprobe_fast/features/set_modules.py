@@ -47,7 +47,7 @@ def module_atoms(request: SetRequest) -> Iterator[ModuleAtoms]:
     source = ZooSource(subzoo(request, used))
     for chunk in source.chunks(request.threads):
         for m in chunk:
-            found = atoms([m], request.threads)[0]
+            found = atoms([m], request.threads, request.device)[0]
             rows = {
                 int(used[i]): part
                 for i, part in zip(m.adapters, found.parts, strict=True)

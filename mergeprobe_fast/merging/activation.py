@@ -55,6 +55,7 @@ class Metric:
         off_diagonal: what X^T X / T counts, in [0, 1]; the rest is the diagonal.
         ridge: of every dimension's own mean square, > 0. Being the same in every C_g, it draws
             towards the weighted average of the deltas, not towards zero, and leaves their scale.
+        device: where Z lies and products are made, all in float64 there; None: here.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Metric:
         weights: Mapping[str, float],
         off_diagonal: float,
         ridge: float,
+        device: Any = None,
     ) -> None:
         total = sum(weights.values())
         self.off = off_diagonal
@@ -84,11 +86,20 @@ class Metric:
         # Only in the space of the samples do roundings stay as small as they were: K^-1 Z < 1.
         gentle = self._by_samples and off_diagonal <= _LIMIT * (1 - off_diagonal + ridge)
         self.kind: type = np.float32 if gentle and shape[0] * shape[1] > LARGE else np.float64
-        self.z = np.empty(shape, self.kind)  # sqrt(L_g / T_g) X_g / scale
+        self._there: Any = None
+        self._cholesky: Cholesky | None = None
+        if device is not None:
+            from mergeprobe_fast.kernels import products
+
+            self._there = products.Metric(device, shape, off_diagonal)
+        else:
+            self.z = np.empty(shape, self.kind)  # sqrt(L_g / T_g) X_g / scale
         for g, rows in self.rows.items():
             factor = np.sqrt(self.weights[g] / counts[g]) / self.scale
-            np.multiply(samples(g), factor.astype(self.kind), out=self.z[rows])
-        self._cholesky: Cholesky | None = None
+            if self._there is not None:
+                self._there.put(rows, samples(g), factor)
+            else:
+                np.multiply(samples(g), factor.astype(self.kind), out=self.z[rows])
 
     def scaled(self, a: np.ndarray) -> np.ndarray:
         """Rows (r, d) in the coordinates of the metric."""
@@ -96,6 +107,8 @@ class Metric:
 
     def seen(self, rows: np.ndarray) -> np.ndarray:
         """``rows Z^T``: scaled rows (r, d) applied to all samples, float64 (r, T)."""
+        if self._there is not None:
+            return self._there.seen(rows)
         return (rows.astype(self.kind, copy=False) @ self.z.T).astype(np.float64)
 
     def solve(self, own: np.ndarray, diag: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +119,11 @@ class Metric:
         """
         if self.off == 0:
             return diag, self.seen(diag)
+        if self._there is not None:
+            found = self._there.solve(own, diag)
+            if found is None:
+                raise _singular()
+            return found
         if self._by_samples:
             change = self._solved(own - self.seen(diag))
             x = diag + self.off * (change.astype(self.kind, copy=False) @ self.z)
@@ -134,13 +152,16 @@ class Cholesky:
         # numpy's own Cholesky takes three times as long, for copies and for zeros above.
         self._factor, failed = lapack.dpotrf(k.T, lower=1, clean=0, overwrite_a=1)
         if failed:
-            reason = "too small: these samples are singular without it"
-            raise InputError(reason, key="ridge")
+            raise _singular()
         self._lapack = lapack
 
     def solve(self, right: np.ndarray) -> np.ndarray:
         """``K^-1 right``, right (n, R)."""
         return self._lapack.dpotrs(self._factor, right, lower=1)[0]
+
+
+def _singular() -> InputError:
+    return InputError("too small: these samples are singular without it", key="ridge")
 
 
 class Recent:
@@ -176,7 +197,8 @@ class Metrics:
         self._calibration = calibration_of(request)
         require(self._calibration, request.source.modules)
         self._numbers = request.arguments["off_diagonal"], request.arguments["ridge"]
-        self._recent = Recent(request.threads)
+        self._device = request.device
+        self._recent = Recent(request.workers)
 
     def shared(self, m: ModuleFactors) -> str:
         """Equal for modules that see the same inputs: their work is best done together."""
@@ -192,8 +214,9 @@ class Metrics:
             counts = {g: calibration.domains[g].samples for g in weights}
             moments = {g: calibration.moment(g, module.name) for g in weights}
             return Metric(
-                lambda g: inputs(calibration, g, module), counts, moments, ratios, *self._numbers
-            )
+                lambda g: inputs(calibration, g, module), counts, moments, ratios, *self._numbers,
+                self._device,
+            )  # fmt: skip
 
         return self._recent.get(
             (self._calibration.input_key(module.name), tuple(ratios.items())), make

@@ -18,6 +18,7 @@ from mergeprobe_fast.merging.methods import MergedModule, MergeRequest
 from mergeprobe_fast.merging.output import write
 from mergeprobe_fast.merging.output_error import OutputErrors, output_errors
 from mergeprobe_fast.ops import block_gram
+from mergeprobe_fast.ops.device import computing_on
 from mergeprobe_fast.zoo import Zoo, text
 
 
@@ -113,9 +114,11 @@ class MergedAdapter:
         request = self.request
         if request.calibration is None:
             raise InputError("the merge was given none", key="calibration")
-        return output_errors(
-            request.source, self.modules, request.calibration, request.domains, request.threads
-        )
+        with computing_on(request.device):
+            return output_errors(
+                request.source, self.modules, request.calibration, request.domains,
+                request.threads, request.device,
+            )  # fmt: skip
 
     def _adapters(self) -> list[dict[str, Any]]:
         rows = []

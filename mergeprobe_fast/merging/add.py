@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from mergeprobe_fast.merging.targets import Target
 _BLOCK = 1 << 17  # entries added at a time by one thread: arrays of 1 MiB stay in its cache
 _STRIP = 1 << 21  # entries of a dense delta asked for at a time
 _WIDE_STRIP = 1 << 24  # and of one that is added by columns, where few rows mean tiny reads
+_THERE = 1 << 22  # entries added at a time on a device: 64 bytes each, and copies of 8 MiB and more
+_STRIP_THERE = 1 << 24
+_ADDING_THERE = 4  # threads: one reads, one writes, two wait for copies
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,16 @@ class Adder:
     """Context manager: adds deltas to the tensors of a copy, ``threads`` blocks at once.
 
     Blocks are cut by the shape of a tensor alone and their sums are added in order: bytes and
-    numbers do not depend on the number of threads.
+    numbers do not depend on the number of threads. On a device (1 GB of its memory) bytes are the
+    CPU's wherever delta is: that of a dense rule, and of a product but for its last place, which
+    decides where base + delta lies as near to the middle between two weights.
     """
 
-    def __init__(self, copy: CheckpointCopy, threads: int) -> None:
-        self._copy = copy
-        self._pool = ThreadPoolExecutor(threads)
+    def __init__(self, copy: CheckpointCopy, threads: int, device: Any = None) -> None:
+        self._copy, self._device = copy, device
+        here = device is None
+        self._pool = ThreadPoolExecutor(threads if here else min(threads, _ADDING_THERE))
+        self._block, self._strip = (_BLOCK, _STRIP) if here else (_THERE, _STRIP_THERE)
 
     def __enter__(self) -> Adder:
         return self
@@ -89,55 +97,75 @@ class Adder:
     def _add_product(self, target: Target, m: MergedModule) -> Iterable[Added]:
         # In float64, the product errs less than the float32 factors do.
         pair = (m.a.T, m.b.T) if target.transposed else (m.b, m.a)
-        left, right = (np.ascontiguousarray(f, np.float64) for f in pair)
+        rows = self._product(*pair)
 
         def block(first: int, last: int) -> Added:
-            return self._add_block(target, first, left[first:last] @ right)
+            return self._add_block(target, first, rows(first, last))
 
-        return self._each(block, _cuts(target.rows, _BLOCK // target.cols))
+        return self._each(block, _cuts(target.rows, self._block // target.cols))
+
+    def _product(self, left: np.ndarray, right: np.ndarray) -> Callable[[int, int], Any]:
+        """Rows of ``left @ right`` in float64, where they are added."""
+        if self._device is not None:
+            from mergeprobe_fast.kernels.base_weights import Product
+
+            return Product(self._device, left, right).rows
+        wide_left, wide_right = (np.ascontiguousarray(f, np.float64) for f in (left, right))
+        return lambda first, last: wide_left[first:last] @ wide_right
 
     def _add_rows(self, target: Target, m: DenseModule) -> Iterator[Added]:
-        for top, end in _cuts(target.rows, _STRIP // target.cols):
-            strip = m.rows(top, end)
+        rows = m.rows if self._device is None or m.there is None else m.there
+        for top, end in _cuts(target.rows, self._strip // target.cols):
+            strip = rows(top, end)
 
-            def block(first: int, last: int, strip: np.ndarray = strip, top: int = top) -> Added:
+            def block(first: int, last: int, strip: Any = strip, top: int = top) -> Added:
                 return self._add_block(target, top + first, strip[first:last])
 
-            yield from self._each(block, _cuts(end - top, _BLOCK // target.cols))
+            yield from self._each(block, _cuts(end - top, self._block // target.cols))
 
     def _add_columns(self, target: Target, m: DenseModule) -> Iterator[Added]:
+        rows = m.rows if self._device is None or m.there is None else m.there
         for left, right in _cuts(target.cols, _WIDE_STRIP // target.rows):
-            strip = m.rows(left, right).T
+            strip = rows(left, right).T
 
-            def block(
-                first: int, last: int, strip: np.ndarray = strip, left: int = left
-            ) -> Added:
+            def block(first: int, last: int, strip: Any = strip, left: int = left) -> Added:
                 return self._add_part(target, first, left, strip[first:last])
 
-            yield from self._each(block, _cuts(target.rows, _BLOCK // (right - left)))
+            yield from self._each(block, _cuts(target.rows, self._block // (right - left)))
 
     def _each(
         self, block: Callable[[int, int], Added], cuts: Iterator[tuple[int, int]]
     ) -> Iterator[Added]:
         return self._pool.map(lambda cut: block(*cut), cuts)
 
-    def _add_block(self, target: Target, first: int, delta: np.ndarray) -> Added:
+    def _add_block(self, target: Target, first: int, delta: Any) -> Added:
         """Whole rows of the tensor, from row ``first``."""
         ref = target.tensor
         start = first * target.cols * itemsize(ref.dtype)
-        stored = self._copy.read(ref, start, delta.size * itemsize(ref.dtype))
-        raw = np.frombuffer(stored, STORAGE[ref.dtype]).reshape(delta.shape)
-        written, added = _rounded_sum(target, raw, delta)
+        stored = self._copy.read(ref, start, math.prod(delta.shape) * itemsize(ref.dtype))
+        written, added = self._sum(target, stored, delta)
         self._copy.write(ref, start, written)
         return added
 
-    def _add_part(self, target: Target, first: int, left: int, delta: np.ndarray) -> Added:
+    def _sum(self, target: Target, stored: bytes, delta: Any) -> tuple[np.ndarray, Added]:
+        """round(base + delta), of the shape of delta, and the sums over its entries."""
+        dtype = target.tensor.dtype
+        raw = np.frombuffer(stored, STORAGE[dtype]).reshape(tuple(delta.shape))
+        if self._device is None:
+            return _rounded_sum(target, raw, delta)
+        from mergeprobe_fast.kernels import base_weights
+
+        written, sums = base_weights.add(self._device, stored, dtype, delta)
+        if written is None:
+            raise _refusal(target, to_f32(raw, dtype), base_weights.values(self._device, delta))
+        return written.view(raw.dtype).reshape(raw.shape), Added(*sums)
+
+    def _add_part(self, target: Target, first: int, left: int, delta: Any) -> Added:
         """Some columns of rows of the tensor, from (``first``, ``left``)."""
         ref, size = target.tensor, itemsize(target.tensor.dtype)
         starts = [((first + i) * target.cols + left) * size for i in range(len(delta))]
         stored = b"".join(self._copy.read(ref, at, delta.shape[1] * size) for at in starts)
-        raw = np.frombuffer(stored, STORAGE[ref.dtype]).reshape(delta.shape)
-        written, added = _rounded_sum(target, raw, delta)
+        written, added = self._sum(target, stored, delta)
         for at, row in zip(starts, written, strict=True):
             self._copy.write(ref, at, row)
         return added

@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from mergeprobe_fast.engine.sets import RIDGE
 from mergeprobe_fast.io.calibration import Calibration
+from mergeprobe_fast.merging.algebra import dot, gram
 
 # What inputs see of an atom, of their own length: less is what float32 factors leave of nothing.
 _BLIND = 2.0**-22
@@ -43,7 +45,7 @@ class Scale:
 
 def seen_by(
     right: np.ndarray, x: np.ndarray, scale: float, off_diagonal: float = 1.0,
-    moment: np.ndarray | None = None,
+    moment: np.ndarray | None = None, device: Any = None,
 ) -> np.ndarray:  # fmt: skip
     """Rows whose inner products are those of ``right`` on inputs, times ``scale``; float64.
 
@@ -51,7 +53,8 @@ def seen_by(
     (K, T), and with a moment (d_in,) beside them what the rest of the diagonal sees, (K, T + d_in).
     Rows that no input excites are exactly zero.
     """
-    parts = [(right @ x.T.astype(np.float64)) * np.sqrt(scale * off_diagonal / len(x))]
+    at = right @ x.T.astype(np.float64) if device is None else dot(right, x.T, device)
+    parts = [at * np.sqrt(scale * off_diagonal / len(x))]
     size = scale * off_diagonal * float(np.square(x, dtype=np.float64).sum()) / len(x)
     if moment is not None and off_diagonal < 1:
         rest = scale * (1 - off_diagonal) * moment
@@ -72,15 +75,16 @@ class AtomProblem:
         owner: the place of each atom's owner among the members, (K,).
         lambdas: of each member, not negative.
         ridge: added to the diagonal, of every atom's own. It makes equal atoms share their weight.
+        device: of the Gram matrices; what is solved with them, K x K, is solved on the CPU.
     """
 
     def __init__(
         self, left: np.ndarray, seen: Mapping[object, np.ndarray], domains: Sequence[object],
-        owner: np.ndarray, lambdas: np.ndarray, ridge: float = RIDGE,
+        owner: np.ndarray, lambdas: np.ndarray, ridge: float = RIDGE, device: Any = None,
     ) -> None:  # fmt: skip
         self.owner, self.lambdas = owner, lambdas
-        outer = left @ left.T
-        made = {g: outer * (x @ x.T) for g, x in seen.items()}  # members of one domain share it
+        outer = gram(left, device)
+        made = {g: outer * gram(x, device) for g, x in seen.items()}  # one for all of a domain
         self.grams = [made[g] for g in domains]
         h, b = np.zeros_like(outer), np.zeros(len(left))
         for i, (w, q) in enumerate(zip(lambdas, self.grams, strict=True)):

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mergeprobe_fast import _native
 from mergeprobe_fast.errors import InputError
+from mergeprobe_fast.merging.algebra import dot
 from mergeprobe_fast.merging.methods import MergeRequest
 from mergeprobe_fast.merging.source import ModuleFactors, Stored
 from mergeprobe_fast.ops import block_gram
@@ -71,15 +72,19 @@ def batches(request: MergeRequest) -> Iterator[list[tuple[ModuleFactors, Atoms]]
         for m in chunk:
             nbytes = 8 * int(m.ranks.sum()) * (m.module.d_out + m.module.d_in)
             if batch and size + nbytes > _BATCH_BYTES:
-                yield list(zip(batch, atoms(batch, request.threads), strict=True))
+                found = atoms(batch, request.threads, request.device)
+                yield list(zip(batch, found, strict=True))
                 batch, size = [], 0
             batch.append(m)
             size += nbytes
-        yield list(zip(batch, atoms(batch, request.threads), strict=True))
+        found = atoms(batch, request.threads, request.device)
+        yield list(zip(batch, found, strict=True))
 
 
-def atoms(modules: Sequence[ModuleFactors], threads: int) -> list[Atoms]:
+def atoms(modules: Sequence[ModuleFactors], threads: int, device: Any = None) -> list[Atoms]:
     """The atoms of each module. Exact: QR-like bases and core SVDs in float64 (P3)."""
+    if device is not None:
+        return _atoms_there(modules, device)
     ranks = [np.minimum(m.ranks, min(m.module.d_out, m.module.d_in)) for m in modules]
     stacks = [
         (np.zeros((int(r.sum()), m.module.d_out)), np.zeros((int(r.sum()), m.module.d_in)))
@@ -101,7 +106,7 @@ def atoms(modules: Sequence[ModuleFactors], threads: int) -> list[Atoms]:
     for m, r, (left, right) in zip(modules, ranks, stacks, strict=True):
         mine = jobs[at : at + len(r)]
         for b, a, job in zip(m.b, m.a, mine, strict=True):
-            _refuse(job, m, b, a)
+            _refuse(int(job["status"]), m, b, a)
         kept = np.concatenate(
             [np.arange(rank) < job["rank"] for rank, job in zip(r, mine, strict=True)]
         )
@@ -109,6 +114,36 @@ def atoms(modules: Sequence[ModuleFactors], threads: int) -> list[Atoms]:
         out.append(whole if kept.all() else whole.select(kept))
         at += len(r)
     return out
+
+
+def _atoms_there(modules: Sequence[ModuleFactors], device: Any) -> list[Atoms]:
+    from mergeprobe_fast.kernels.factors import canonical_forms
+
+    owners = [(m, i) for m in modules for i in range(len(m))]
+    parts = [
+        [((m.b[i].raw, m.b[i].dtype), (m.a[i].raw, m.a[i].dtype), float(m.scales[i]))]
+        for m, i in owners
+    ]
+    forms = canonical_forms(device, parts, RELATIVE, NOISE, _all_of_it, scaled=False)
+    for (m, i), f in zip(owners, forms, strict=True):
+        _refuse(f.status, m, m.b[i], m.a[i])
+    out, at = [], 0
+    for m in modules:
+        mine = forms[at : at + len(m)]
+        at += len(m)
+        out.append(
+            Atoms(
+                np.concatenate([f.left for f in mine]),
+                np.concatenate([f.sigma[: f.rank] for f in mine]),
+                np.concatenate([f.right for f in mine]),
+                np.array([f.rank for f in mine], np.int64),
+            )
+        )
+    return out
+
+
+def _all_of_it(_: int, sigma: np.ndarray, rank: int) -> int:
+    return rank
 
 
 class Basis(NamedTuple):
@@ -122,8 +157,10 @@ class Basis(NamedTuple):
     mix: np.ndarray  # (k, K), orthonormal rows
 
 
-def bases(stacks: Sequence[np.ndarray], threads: int) -> list[Basis]:
+def bases(stacks: Sequence[np.ndarray], threads: int, device: Any = None) -> list[Basis]:
     """The SVD of each stack X (K, d), of the rank that float32 rounding leaves it."""
+    if device is not None:
+        return _bases_there(stacks, device)
     segments, jobs = np.zeros(len(stacks), SEGMENT), np.zeros(len(stacks), JOB)
     found, units, at = [], [], 0
     for x, segment, job in zip(stacks, segments, jobs, strict=True):
@@ -147,8 +184,21 @@ def bases(stacks: Sequence[np.ndarray], threads: int) -> list[Basis]:
     return out
 
 
-def inner(x: np.ndarray, y: np.ndarray, threads: int) -> np.ndarray:
+def _bases_there(stacks: Sequence[np.ndarray], device: Any) -> list[Basis]:
+    from mergeprobe_fast.kernels.factors import canonical_forms
+
+    parts = [[((x.T, "F64"), (np.eye(len(x)), "F64"), 1.0)] for x in stacks]
+    forms = canonical_forms(device, parts, NOISE, 0.0, _all_of_it, scaled=False)
+    for f in forms:
+        if f.status:
+            raise InputError(f"the deltas cannot be factorised: {STATUS.get(f.status, 'overflow')}")
+    return [Basis(f.left, f.sigma[: f.rank], f.right) for f in forms]
+
+
+def inner(x: np.ndarray, y: np.ndarray, threads: int, device: Any = None) -> np.ndarray:
     """``x @ y.T`` in float64 by the Gram kernel: numpy's own threads stall on a busy machine."""
+    if device is not None:
+        return dot(x, y.T, device)
     ones = [np.ones((len(side), 1)) for side in (x, y)]
     ends = [np.array([0, len(side)]) for side in (x, y)]
     return block_gram(
@@ -180,10 +230,11 @@ def _run(
     return sigma
 
 
-def _refuse(job: np.void, m: ModuleFactors, b: Stored, a: Stored) -> None:
-    status = int(job["status"])
+def _refuse(status: int, m: ModuleFactors, b: Stored, a: Stored) -> None:
     if status == 0:
         return
+    if status not in STATUS:  # on a device only: here, what it leads to is refused in the end
+        raise InputError("the merged update overflows float32", key=m.module.name)
     reason = STATUS[status].removeprefix("B ").removeprefix("A ")
     if status == 3:
         raise InputError(f"a delta cannot be factorised: {reason}", key=m.module.name)

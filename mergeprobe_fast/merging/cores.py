@@ -8,7 +8,7 @@ import numpy as np
 
 from mergeprobe_fast.merging.arguments import choice, flag, number, whole
 from mergeprobe_fast.merging.atoms import Atoms, bases, batches, inner
-from mergeprobe_fast.merging.disjoint import disjoint_mean, pruned
+from mergeprobe_fast.merging.disjoint import disjoint_mean, merged_blocks, pruned
 from mergeprobe_fast.merging.isotropic import isotropic
 from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.merging.singular import polar_rows, resolved
@@ -42,20 +42,23 @@ def core_space(request: MergeRequest) -> Iterator[MergedModule]:
         for _, atoms in batch:
             root = np.sqrt(atoms.sigma)[:, None]
             stacks += [atoms.left * root, atoms.right * root]
-        found = iter(bases(stacks, request.threads))
+        threads, device = request.threads, request.device
+        found = iter(bases(stacks, threads, device))
         sums = []
         for m, atoms in batch:
             left, right = next(found).rows, next(found).rows
-            left_core = inner(atoms.left, left, request.threads)
-            right_core = inner(atoms.right, right, request.threads)
+            left_core = inner(atoms.left, left, threads, device)
+            right_core = inner(atoms.right, right, threads, device)
             b, a = _merged(request, m, atoms, left_core, right_core)
-            b, a = inner(left.T, b.T, request.threads), inner(a, right.T, request.threads)
+            b, a = inner(left.T, b.T, threads, device), inner(a, right.T, threads, device)
             sums.append(product(m.module, b, a, request.members(m)))
         if request.arguments["isotropic"]:
             yield from isotropic(request, sums)
         else:
             pad = request.rank is not None
-            yield from truncate(sums, request.rank, request.energy, request.threads, pad=pad)
+            yield from truncate(
+                sums, request.rank, request.energy, threads, pad=pad, device=device
+            )
 
 
 def _merged(
@@ -70,12 +73,16 @@ def _merged(
     if rule == "tsv":
         live = atoms.spread(weights) != 0
         sigma = (atoms.spread(weights) * atoms.sigma)[live]
-        sides = bases([left[live], right[live]], request.threads)
+        sides = bases([left[live], right[live]], request.threads, request.device)
         tolerance = request.arguments["tolerance"]
         rows, columns = (
-            polar_rows(resolved(side, tolerance), request.threads) for side in sides
+            polar_rows(resolved(side, tolerance), request.threads, request.device)
+            for side in sides
         )
         return rows.T * sigma, columns
+    if request.device is not None:
+        core = merged_blocks(request, m, left.T * atoms.sigma, right, atoms.parts)
+        return core, np.eye(core.shape[1])
     cores = [(left[part].T * atoms.sigma[part]) @ right[part] for part in atoms.parts]
     core = disjoint_mean(pruned(cores, request, m), weights)
     return core, np.eye(core.shape[1])

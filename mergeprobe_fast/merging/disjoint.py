@@ -20,6 +20,26 @@ _CANCELLED = 1e-6
 _CHUNK = 1 << 14  # entries at a time, so that what they become stays in cache
 
 
+def merged_blocks(
+    request: MergeRequest, m: ModuleFactors, left: np.ndarray, right: np.ndarray,
+    parts: Sequence[slice],
+) -> np.ndarray:  # fmt: skip
+    """The blocks ``left[:, part] @ right[part]`` of the members, pruned and merged, on a device."""
+    from mergeprobe_fast.kernels import disjoint
+
+    rule, seed = request.arguments["rule"], request.arguments["seed"]
+    keep: list[tuple] = []
+    for share, name in zip(request.value_of("density", m), request.members(m), strict=True):
+        if rule == "ties":
+            keep.append(("largest", float(share)))
+        elif rule == "dare_ties":
+            keep.append(("chance", float(share), seed, stream(m.module.name, name)))
+        else:
+            keep.append(("all",))
+    weights = request.weights_of(m)
+    return disjoint.merge_blocks(request.device, left, right, parts, keep, weights)
+
+
 def pruned(
     tasks: Sequence[np.ndarray], request: MergeRequest, m: ModuleFactors
 ) -> list[np.ndarray]:

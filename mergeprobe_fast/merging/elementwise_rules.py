@@ -73,7 +73,19 @@ def whole(
         except InputError as error:
             raise blame(error, m) from None
 
-    return DenseModule(m.module, request.members(m), rows)
+    def there(first: int, last: int) -> Any:
+        from mergeprobe_fast.kernels import merge_tiles
+
+        try:
+            return merge_tiles.merge_dense(
+                deltas.there, weights, rule, rows=(first, last),
+                fisher=None if fisher is None else fisher.there,
+            )  # fmt: skip
+        except InputError as error:
+            raise blame(error, m) from None
+
+    on_device = None if deltas.there is None else there
+    return DenseModule(m.module, request.members(m), rows, on_device)
 
 
 def _rules(

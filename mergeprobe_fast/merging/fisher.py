@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mergeprobe_fast.engine.samples import require
+from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merging.activation import calibration_of, inputs, positive_weights
 from mergeprobe_fast.merging.arguments import number
-from mergeprobe_fast.merging.elementwise_rules import cut, whole
+from mergeprobe_fast.merging.elementwise_rules import blame, cut, whole
 from mergeprobe_fast.merging.methods import (
     Argument,
     DenseModule,
@@ -71,9 +72,24 @@ def _calls(request: MergeRequest) -> Iterator[tuple[ModuleFactors, _Call]]:
             weights = request.weights[m.index, members]
             nothing = np.zeros(len(lacking), SEGMENT)
             segments = np.concatenate([m.segments(), nothing])
-            deltas = Deltas(segments, m.module.d_out, m.module.d_in, m)
+            there = _there(request, m, len(lacking))
+            deltas = Deltas(segments, m.module.d_out, m.module.d_in, m, there)
             information = _information(request, m, [request.domains[int(i)] for i in members])
             yield m, _Call(deltas, weights / weights.max(), rule, information)
+
+
+def _there(request: MergeRequest, m: ModuleFactors, lacking: int) -> Any:
+    """The deltas on the request's device, those of the adapters that lack the module of rank 0."""
+    if request.device is None:
+        return None
+    nothing = np.zeros((m.module.d_out, 0), np.float32), np.zeros((0, m.module.d_in), np.float32)
+    factors = [((b.raw, b.dtype), (a.raw, a.dtype), float(s))
+               for b, a, s in zip(m.b, m.a, m.scales, strict=True)]  # fmt: skip
+    factors += [((nothing[0], "F32"), (nothing[1], "F32"), 0.0)] * lacking
+    try:
+        return request.device.deltas(factors)
+    except InputError as error:
+        raise blame(error, m) from None
 
 
 def _information(request: MergeRequest, m: ModuleFactors, domains: Sequence[str]) -> Deltas:
@@ -99,7 +115,13 @@ def _information(request: MergeRequest, m: ModuleFactors, domains: Sequence[str]
         y, x = stored[g]
         record["u"], record["v"] = matrix_record(y), matrix_record(x)
         record["rank"], record["scale"] = len(y), 1.0 / (len(y) * mean) if mean > 0 else 0.0
-    return Deltas(segments, m.module.d_out, m.module.d_in, stored)
+    there = None
+    if request.device is not None:
+        there = request.device.deltas([
+            ((stored[g][0].T, "F32"), (stored[g][1], "F32"), float(s))
+            for g, s in zip(domains, segments["scale"], strict=True)
+        ])  # fmt: skip
+    return Deltas(segments, m.module.d_out, m.module.d_in, stored, there)
 
 
 METHODS = (

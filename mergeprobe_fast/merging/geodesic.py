@@ -14,6 +14,7 @@ import numpy as np
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merging import schedule
+from mergeprobe_fast.merging.algebra import gram
 from mergeprobe_fast.merging.arguments import choice, number, whole
 from mergeprobe_fast.merging.atoms import Atoms, batches
 from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
@@ -99,16 +100,21 @@ def _combined(
     for batch in batches(request):
         sums = []
         for m, atoms in batch:
-            c, details = rule(m, _gram(atoms, request.threads))
+            c, details = rule(m, _gram(atoms, request.threads, request.device))
             details["coefficients"] = c.tolist()
             sums.append(Sum(m.module, m.segments(c), request.members(m), m, details))
         pad = request.rank is not None
-        yield from truncate(sums, request.rank, request.energy, request.threads, pad=pad)
+        yield from truncate(
+            sums, request.rank, request.energy, request.threads, pad=pad, device=request.device
+        )
 
 
-def _gram(atoms: Atoms, threads: int) -> np.ndarray:
+def _gram(atoms: Atoms, threads: int, device: Any) -> np.ndarray:
     """Inner products of the deltas, float64. From atoms: large factors of a small delta cancel."""
     u = atoms.left * atoms.sigma[:, None]
+    if device is not None:
+        owner = np.repeat(np.eye(len(atoms.counts)), atoms.counts, axis=1)
+        return owner @ (gram(u, device) * gram(atoms.right, device)) @ owner.T
     return block_gram(u, atoms.right, atoms.bounds, accumulate="fp64", threads=threads)
 
 

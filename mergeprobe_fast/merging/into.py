@@ -26,7 +26,7 @@ from mergeprobe_fast.merging.registry import MERGE_METHODS
 from mergeprobe_fast.merging.request import prepare
 from mergeprobe_fast.merging.source import ZooSource
 from mergeprobe_fast.merging.targets import Target, find_targets, tied_notes
-from mergeprobe_fast.ops.device import open_device
+from mergeprobe_fast.ops.device import computing_on, open_device
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo, text
 
 if TYPE_CHECKING:
@@ -107,8 +107,9 @@ def merge_into(
     with folder as temporary:
         with (
             CheckpointCopy(checkpoint, temporary, replaced) as copy,
-            Adder(copy, request.threads) as adder,
+            Adder(copy, request.threads, request.device) as adder,
             closing(_updates(chosen, request)) as updates,
+            computing_on(opened),
         ):
             for m in updates:
                 target = targets[m.module.name]
@@ -131,9 +132,11 @@ def _with_outputs(
     report: dict[str, Any], request: MergeRequest, modules: Sequence[MergedModule]
 ) -> dict[str, Any]:
     """The report with the output errors before its modules, as a merged adapter has it."""
-    found = output_errors(
-        request.source, modules, request.calibration, request.domains, request.threads
-    )
+    with computing_on(request.device):
+        found = output_errors(
+            request.source, modules, request.calibration, request.domains, request.threads,
+            request.device,
+        )  # fmt: skip
     rows = report.pop("modules")
     return {**report, "outputs": found.report(), "modules": rows}
 

@@ -44,7 +44,7 @@ def iso_c(request: MergeRequest) -> Iterator[MergedModule]:
 
 def isotropic(request: MergeRequest, sums: Sequence[Sum]) -> Iterator[MergedModule]:
     """Each sum with the mean of its singular values instead of them, cut to the rank asked for."""
-    for m in truncate(sums, None, None, request.threads, pad=False):
+    for m in truncate(sums, None, None, request.threads, pad=False, device=request.device):
         yield _flattened(m, request)
 
 

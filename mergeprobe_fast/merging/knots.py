@@ -8,7 +8,7 @@ from functools import partial
 
 from mergeprobe_fast.merging.arguments import choice, number, whole
 from mergeprobe_fast.merging.atoms import Atoms, Basis, bases, batches, inner
-from mergeprobe_fast.merging.disjoint import disjoint_mean, pruned
+from mergeprobe_fast.merging.disjoint import disjoint_mean, merged_blocks, pruned
 from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.merging.source import ModuleFactors
 from mergeprobe_fast.merging.truncate import Sum, product, truncate
@@ -30,20 +30,27 @@ def knots(request: MergeRequest) -> Iterator[MergedModule]:
     the basis, and with it the result, is not unique. N k d_in numbers a thread, never d_out d_in.
     rank None is the numerical rank, k at most. Gauge-invariant. Stoica et al. 2025.
     """
-    with ThreadPoolExecutor(request.threads) as pool:
+    with ThreadPoolExecutor(request.workers) as pool:
         for batch in batches(request):
-            found = bases([x.left * x.sigma[:, None] for _, x in batch], request.threads)
+            stacks = [x.left * x.sigma[:, None] for _, x in batch]
+            found = bases(stacks, request.threads, request.device)
             sums = list(pool.map(partial(_merged, request), batch, found))
             pad = request.rank is not None
-            yield from truncate(sums, request.rank, request.energy, request.threads, pad=pad)
+            yield from truncate(
+                sums, request.rank, request.energy, request.threads, pad=pad, device=request.device
+            )
 
 
 def _merged(request: MergeRequest, module: tuple[ModuleFactors, Atoms], basis: Basis) -> Sum:
     """One module, on one thread: several are merged at a time."""
     m, atoms = module
-    mixed = inner(basis.rows, atoms.left, 1) * atoms.sigma
-    blocks = [inner(mixed[:, part], atoms.right[part].T, 1) for part in atoms.parts]
-    merged = disjoint_mean(pruned(blocks, request, m), request.weights_of(m))
+    device = request.device
+    mixed = inner(basis.rows, atoms.left, 1, device) * atoms.sigma
+    if device is not None:
+        merged = merged_blocks(request, m, mixed, atoms.right, atoms.parts)
+    else:
+        blocks = [inner(mixed[:, part], atoms.right[part].T, 1) for part in atoms.parts]
+        merged = disjoint_mean(pruned(blocks, request, m), request.weights_of(m))
     return product(m.module, basis.rows.T, merged, request.members(m))
 
 

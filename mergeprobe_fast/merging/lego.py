@@ -45,7 +45,9 @@ def lora_lego(request: MergeRequest) -> Iterator[MergedModule]:
     for batch in batches(request):
         sums = [_assembled(request, m, atoms, wanted) for m, atoms in batch]
         pad = request.rank is not None
-        yield from truncate(sums, request.rank, request.energy, request.threads, pad=pad)
+        yield from truncate(
+            sums, request.rank, request.energy, request.threads, pad=pad, device=request.device
+        )
 
 
 def _assembled(request: MergeRequest, m: ModuleFactors, atoms: Atoms, wanted: int) -> Sum:
@@ -60,8 +62,8 @@ def _assembled(request: MergeRequest, m: ModuleFactors, atoms: Atoms, wanted: in
     top = np.abs(left).argmax(axis=1)
     turn = np.sign(np.take_along_axis(left, top[:, None], axis=1))
     left, right = left * root * turn * np.sign(weights[order])[:, None], right * root * turn
-    threads = request.threads
-    gram = inner(left, left, threads) + inner(right, right, threads)
+    threads, device = request.threads, request.device
+    gram = inner(left, left, threads, device) + inner(right, right, threads, device)
     chance = np.random.default_rng([given["seed"], stream(m.module.name)])
     means, spread = clusters(gram, min(wanted, len(gram)), given["restarts"], chance)
     scale = np.ones(len(means))
@@ -72,7 +74,7 @@ def _assembled(request: MergeRequest, m: ModuleFactors, atoms: Atoms, wanted: in
     if given["reweight_output"] and len(means):
         having = np.count_nonzero(atoms.counts)
         scale = scale * math.sqrt(len(gram) / having / len(means))
-    b, a = inner(means, left.T, threads), inner(means, right.T, threads)
+    b, a = (inner(means, side.T, threads, device) for side in (left, right))
     details = {"clusters": len(means), "within": spread}
     return product(m.module, (b * scale[:, None]).T, a, request.members(m), details)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from mergeprobe_fast.merging.algebra import gram
 from mergeprobe_fast.merging.methods import MergedModule, MergeRequest
 from mergeprobe_fast.merging.truncate import Sum, truncate
 from mergeprobe_fast.ops import block_gram
@@ -54,7 +56,7 @@ def cat(request: MergeRequest) -> Iterator[MergedModule]:
                 stacked_b = exact_b.astype(np.float32)
             yield MergedModule(
                 m.module, stacked_a, stacked_b, request.members(m),
-                _norm(stacked_a, exact_b), 0.0, len(stacked_a),
+                _norm(stacked_a, exact_b, request.device), 0.0, len(stacked_a),
             )  # fmt: skip
 
 
@@ -63,10 +65,15 @@ def _weighted_sum(request: MergeRequest, rank: int | None, *, pad: bool) -> Iter
         sums = [
             Sum(m.module, m.segments(request.weights_of(m)), request.members(m), m) for m in chunk
         ]
-        yield from truncate(sums, rank, request.energy, request.threads, pad=pad)
+        yield from truncate(
+            sums, rank, request.energy, request.threads, pad=pad, device=request.device
+        )
 
 
-def _norm(a: np.ndarray, b: np.ndarray) -> float:
+def _norm(a: np.ndarray, b: np.ndarray, device: Any) -> float:
     """||b @ a||_F from the factors, float64."""
-    gram = block_gram(b.T, a, np.array([0, len(a)]), accumulate="fp64", threads=1)
-    return float(np.sqrt(max(0.0, gram[0, 0])))
+    if device is not None:
+        products = gram(b.T, device) * gram(a, device)
+        return float(np.sqrt(max(0.0, float(products.sum()))))
+    found = block_gram(b.T, a, np.array([0, len(a)]), accumulate="fp64", threads=1)
+    return float(np.sqrt(max(0.0, found[0, 0])))

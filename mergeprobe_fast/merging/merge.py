@@ -16,7 +16,7 @@ from mergeprobe_fast.merging.adapter import MergedAdapter
 from mergeprobe_fast.merging.methods import MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.merging.request import prepare
 from mergeprobe_fast.merging.source import ZooSource
-from mergeprobe_fast.ops.device import open_device
+from mergeprobe_fast.ops.device import computing_on, open_device
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo
 
 if TYPE_CHECKING:
@@ -57,8 +57,9 @@ def merge(
             their names begin with.
         dtype: "F32", "BF16" or "F16" of the result; None: that of the inputs, F32 if they differ.
         progress: called with the number of modules done since the last call.
-        device: "cpu", "cuda", "cuda:1" or "auto", a CUDA device if one can be used: for the rules
-            on entries (TIES, DARE, DELLA, pruning, breadcrumbs); everything else runs on the CPU.
+        device: "cpu", "cuda", "cuda:1" or "auto", a CUDA device if one can be used. All methods
+            compute there; the CPU reads and writes files, and has the k-means of ``lora_lego``, the
+            least squares of ``prune``, and what is no larger than a factor.
         arguments: the method's own, see ``MERGE_METHODS[method].arguments``.
 
     Returns:
@@ -67,7 +68,7 @@ def merge(
     Raises:
         InputError: an unknown method or argument, wrong weights or rank, a factor that is not
             finite, a file that changed since the zoo was opened.
-        BackendError: the device cannot be used here.
+        BackendError: the device cannot be used here, or has too little memory.
     """
     opened = open_device(device)
     zoo = as_zoo(zoo)
@@ -84,7 +85,8 @@ def merge(
         dtype = used[0] if len(used) == 1 else "F32"
     if dtype not in FACTOR_DTYPES:
         raise InputError(f"must be one of {', '.join(FACTOR_DTYPES)}, got {dtype!r}", key="dtype")
-    modules = tuple(run(chosen, request))
+    with computing_on(opened):
+        modules = tuple(run(chosen, request))
     return MergedAdapter(zoo, method, request, dtype, modules)
 
 

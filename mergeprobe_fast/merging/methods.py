@@ -40,11 +40,13 @@ class DenseModule:
     """One module of the result as rows of its delta, for merging into base weights.
 
     ``rows(first, last)`` gives float32 rows (last - first, d_in); valid until the next module.
+    ``there`` gives the same as a tensor where the request has a device.
     """
 
     module: Module
     members: tuple[str, ...]
     rows: Callable[[int, int], np.ndarray]
+    there: Callable[[int, int], Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,12 @@ class MergeRequest:
     progress: Callable[[int], None] | None = None
     calibration: Calibration | None = None
     domains: tuple[str, ...] = ()
-    device: Any = None  # from ops.open_device: elementwise rules run there
+    device: Any = None  # from ops.open_device: the work is done there
+
+    @property
+    def workers(self) -> int:
+        """Modules worked on at a time: on a device, one while the host prepares the next."""
+        return self.threads if self.device is None else min(self.threads, 2)
 
     def chunks(self) -> Iterator[list[ModuleFactors]]:
         """The source's chunks, telling ``progress`` how many modules are done."""

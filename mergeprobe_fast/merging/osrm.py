@@ -9,6 +9,7 @@ import numpy as np
 
 from mergeprobe_fast.engine.samples import require
 from mergeprobe_fast.merging.activation import Recent, calibration_of, inputs
+from mergeprobe_fast.merging.algebra import Rows, Symmetric, triangles
 from mergeprobe_fast.merging.arguments import number, whole
 from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.merging.source import ModuleFactors, each_module
@@ -37,11 +38,12 @@ def osrm(request: MergeRequest) -> Iterator[MergedModule]:
     """
     calibration, arguments = calibration_of(request), request.arguments
     require(calibration, request.source.modules)
-    recent = Recent(request.threads)
+    device = request.device
+    recent = Recent(request.workers)
 
     def others_of(m: ModuleFactors) -> _Others:
         samples = {g: inputs(calibration, g, m.module) for g in dict.fromkeys(request.domains)}
-        return _Others(samples, arguments["directions"], arguments["share"])
+        return _Others(samples, arguments["directions"], arguments["share"], device)
 
     def key(m: ModuleFactors) -> str:
         return calibration.input_key(m.module.name)
@@ -49,16 +51,17 @@ def osrm(request: MergeRequest) -> Iterator[MergedModule]:
     def merged(m: ModuleFactors) -> MergedModule:
         others = recent.get(key(m), lambda: others_of(m))
         whole = _projected(request, m, others)
-        (cut,) = truncate([whole], request.rank, request.energy, 1, pad=request.rank is not None)
+        pad = request.rank is not None
+        (cut,) = truncate([whole], request.rank, request.energy, 1, pad=pad, device=device)
         return cut
 
-    yield from each_module(request.chunks(), merged, request.threads, key)
+    yield from each_module(request.chunks(), merged, request.workers, key)
 
 
 def _projected(request: MergeRequest, m: ModuleFactors, others: _Others) -> Sum:
-    wide = m.wide()
-    stack = np.concatenate([a for _, a, _ in wide])
-    seen = stack @ others.y.T
+    wide, device = m.wide(), request.device
+    seen = others.seen(np.concatenate([a for _, a, _ in wide]))
+    small_of = triangles([b for b, _, _ in wide], device)
     columns, rows = [], []
     lost, left, directions = [], [], []
     bounds = np.cumsum([0, *m.ranks])
@@ -68,7 +71,7 @@ def _projected(request: MergeRequest, m: ModuleFactors, others: _Others) -> Sum:
         g = request.domains[int(i)]
         e, seen_e = others.directions(g)
         inner = a @ e
-        small = np.linalg.qr(b, mode="r")
+        small = small_of[k]
         whole = small @ seen[bounds[k] : bounds[k + 1]]
         taken = small @ (inner @ seen_e.T)
         own = others.domain == g
@@ -87,12 +90,15 @@ def _projected(request: MergeRequest, m: ModuleFactors, others: _Others) -> Sum:
 class _Others:
     """The leading directions of all domains but one, for each one, on demand."""
 
-    def __init__(self, samples: Mapping[str, np.ndarray], most: int, share: float) -> None:
+    def __init__(
+        self, samples: Mapping[str, np.ndarray], most: int, share: float, device: Any
+    ) -> None:
         self._most, self._share = most, share
         # Rows X_g / sqrt(T_g): sums of squares over a domain's rows are means over its samples.
-        self.y = np.concatenate([x / np.sqrt(len(x)) for x in samples.values()], dtype=np.float64)
+        y = np.concatenate([x / np.sqrt(len(x)) for x in samples.values()], dtype=np.float64)
         self.domain = np.repeat(list(samples), [len(x) for x in samples.values()])
-        self._gram = self.y @ self.y.T if len(self.y) < self.y.shape[1] else None
+        self._y = Rows(y, device)
+        self._gram = self._y.gram() if len(y) < y.shape[1] else None
         self._found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def directions(self, own: str) -> tuple[np.ndarray, np.ndarray]:
@@ -100,33 +106,36 @@ class _Others:
         if own not in self._found:
             others = self.domain != own
             if self._gram is None:
-                y = self.y[others]
-                found = leading(y.T @ y, self._most, self._share)
+                found = leading(self._y.transposed_gram(others), self._most, self._share)
             else:
-                vectors = leading(self._gram[np.ix_(others, others)], self._most, self._share)
+                vectors = leading(self._gram.restricted(others), self._most, self._share)
                 padded = np.zeros((len(others), vectors.shape[1]))
                 padded[others] = vectors
-                found = np.linalg.qr(self.y.T @ padded)[0]
-            self._found[own] = found, self.y @ found
+                found = np.linalg.qr(self._y.combined(padded))[0]
+            self._found[own] = found, self._y.applied(found)
         return self._found[own]
 
+    def seen(self, rows: np.ndarray) -> np.ndarray:
+        """``rows y^T``."""
+        return self._y.seen(rows)
 
-def leading(gram: np.ndarray, most: int, share: float) -> np.ndarray:
+
+def leading(gram: Symmetric, most: int, share: float) -> np.ndarray:
     """Leading eigenvectors (n, k) of a positive semidefinite matrix.
 
     k is at most ``most``, and the smallest that holds ``share`` of the trace.
     """
-    size = float(np.trace(gram))
+    size = gram.trace()
     k = min(most, len(gram))
     if k == 0 or size == 0:
         return np.zeros((len(gram), 0))
     if len(gram) <= _DENSE or k > len(gram) // 4:
-        values, vectors = np.linalg.eigh(gram)
+        values, vectors = gram.eigh()
     else:
         from scipy.sparse.linalg import eigsh  # only here: most merges save its import
 
         start = np.random.default_rng(0).standard_normal(len(gram))
-        values, vectors = eigsh(gram, k, v0=start)
+        values, vectors = eigsh(gram.operator(), k, v0=start)
     order = np.argsort(-values, kind="stable")[:k]
     values, vectors = values[order], vectors[:, order]
     enough = np.cumsum(values) >= share * size * (1 - 1e-12)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mergeprobe_fast.engine.samples import require
 from mergeprobe_fast.merging.activation import LARGE, Recent, inputs
+from mergeprobe_fast.merging.algebra import Rows, dot, gram
 from mergeprobe_fast.merging.methods import MergedModule
 from mergeprobe_fast.merging.source import ModuleFactors, Source, each_module
 
@@ -83,6 +84,7 @@ def output_errors(
     calibration: Calibration,
     domains: Sequence[str],
     threads: int,
+    device: Any = None,
 ) -> OutputErrors:
     """Output errors of any merge, from the factors and the samples: one more pass over both.
 
@@ -91,6 +93,7 @@ def output_errors(
         modules: the result; a module it does not have counts as zero.
         calibration: its samples; ``domains`` says which are whose, one name per adapter.
         threads: modules worked on at a time.
+        device: where products are made, all in float64 there; two modules at a time then.
 
     Methods that know the numbers already have them in ``details["outputs"]`` (a list over the
     source's adapters for each name in ``COLUMNS``), and then nothing is read. Sums are float64
@@ -108,12 +111,13 @@ def output_errors(
         if name in result and "outputs" in result[name].details
     }  # fmt: skip
     if len(known) < len(names):
+        threads = threads if device is None else min(threads, 2)
         recent = Recent(threads)
         recorded = ([m for m in c if m.module.name in names] for c in source.chunks(threads))
 
         def row(m: ModuleFactors) -> tuple[str, Mapping[str, list[float]]]:
             merged = result.get(m.module.name)
-            return m.module.name, _of_module(m, merged, calibration, domains, recent)
+            return m.module.name, _of_module(m, merged, calibration, domains, recent, device)
 
         known = dict(
             each_module(recorded, row, threads, lambda m: calibration.input_key(m.module.name))
@@ -132,30 +136,30 @@ def output_errors(
 
 def _of_module(
     m: ModuleFactors, merged: MergedModule | None, calibration: Calibration,
-    domains: Sequence[str], recent: Recent,
+    domains: Sequence[str], recent: Recent, device: Any,
 ) -> Mapping[str, list[float]]:  # fmt: skip
     """One row of the table: ``v^T q v`` with q the Gram of outputs of the result and each W_j."""
     n = len(domains)
     b, a, blocks = stack(m, merged)
     narrow_a = a.astype(np.float32)
-    gram = b.T @ b
+    outer = gram(b.T, device)
     mean = np.concatenate([[0.0], np.full(len(m), 1.0 / n)])
     result = np.zeros(len(mean))
     result[0] = merged is not None
     table = {c: [0.0] * n for c in ("energy", "error", "average")}
     samples = recent.get(
         calibration.input_key(m.module.name),
-        lambda: {g: inputs(calibration, g, m.module) for g in dict.fromkeys(domains)},
+        lambda: {g: Rows(inputs(calibration, g, m.module), device) for g in dict.fromkeys(domains)},
     )
     for g, x in samples.items():
-        seen = (narrow_a if x.size * n > LARGE else a) @ x.T
+        seen = x.seen(narrow_a if x.x.size * n > LARGE and device is None else a)
         at = seen.astype(np.float64, copy=False)
-        products = gram * (at @ at.T)
+        products = outer * gram(at, device)
         q = np.add.reduceat(np.add.reduceat(products, blocks[:-1], 0), blocks[:-1], 1)
         for i in (i for i in range(n) if domains[i] == g):
             own = np.concatenate([[0.0], m.adapters == i])
             for c, v in zip(table, (own, result - own, mean - own), strict=True):
-                table[c][i] = _energy(v, q, b, a, blocks, x)
+                table[c][i] = _energy(v, q, b, a, blocks, x, device)
     return table
 
 
@@ -174,13 +178,14 @@ def stack(
 
 
 def _energy(
-    v: np.ndarray, q: np.ndarray, b: np.ndarray, a: np.ndarray, blocks: np.ndarray, x: np.ndarray
-) -> float:
+    v: np.ndarray, q: np.ndarray, b: np.ndarray, a: np.ndarray, blocks: np.ndarray, x: Rows,
+    device: Any,
+) -> float:  # fmt: skip
     """``sum_t ||sum_j v_j W_j x_t||^2 / T``."""
     energy, size = float(v @ q @ v), float(np.square(v) @ np.diag(q))
     if energy < _CANCELLED * size:
         coefficients = np.repeat(v, np.diff(blocks))[:, None]
-        energy = float(np.square(b @ ((coefficients * a) @ x.T)).sum())
+        energy = float(np.square(dot(b, x.seen(coefficients * a), device)).sum())
     return energy / len(x)
 
 

@@ -44,7 +44,8 @@ def prune(request: MergeRequest) -> Iterator[MergedModule]:
     zero on all of its own inputs has nothing to keep and takes no part in the errors. ``rank=None``
     gives the numerical rank of what is left. Float64; exact for the samples up to the ridge.
     Gauge-invariant but for rotations inside equal singular values. Needs inputs. After no paper:
-    least squares in the metric of RegMean (Jin et al. 2023), with fewer unknowns.
+    least squares in the metric of RegMean (Jin et al. 2023), with fewer unknowns. On a device the
+    least squares themselves, of as many unknowns as components, run on the CPU.
     """
     positive_weights(request, "prune")
     calibration, arguments = calibration_of(request), request.arguments
@@ -61,14 +62,16 @@ def prune(request: MergeRequest) -> Iterator[MergedModule]:
 
     def seen(right: np.ndarray, g: str, m: ModuleFactors) -> np.ndarray:
         moment = calibration.moment(g, m.module.name) if off < 1 else None
-        return seen_by(right, samples(m)[g], _factor(scale, g, m.module), off, moment)
+        factor = _factor(scale, g, m.module)
+        return seen_by(right, samples(m)[g], factor, off, moment, request.device)
 
     energy = _energies(request, seen, shared)
     lambdas = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
 
     def merged(m: ModuleFactors) -> MergedModule:
         whole = _pruned(request, m, seen, request.weights[m.index] * lambdas)
-        (cut,) = truncate([whole], request.rank, request.energy, 1, pad=request.rank is not None)
+        pad = request.rank is not None
+        (cut,) = truncate([whole], request.rank, request.energy, 1, pad=pad, device=request.device)
         return cut
 
     yield from each_module(request.chunks(), merged, request.threads, shared)
@@ -92,7 +95,7 @@ def _energies(
     """|W_i|^2 of every adapter on the inputs of its own domain, over all modules: one pass."""
 
     def of_module(m: ModuleFactors) -> np.ndarray:
-        found = atoms([m], 1)[0]
+        found = atoms([m], 1, request.device)[0]
         out = np.zeros(len(request.domains))
         for i, part in zip(m.adapters, found.parts, strict=True):
             rows = seen(found.right[part], request.domains[i], m)
@@ -108,11 +111,11 @@ def _energies(
 
 
 def _pruned(request: MergeRequest, m: ModuleFactors, seen: _Seen, lambdas: np.ndarray) -> Sum:
-    found = atoms([m], 1)[0]
+    found = atoms([m], 1, request.device)[0]
     problem = AtomProblem(
         found.left * found.sigma[:, None],
         {g: seen(found.right, g, m) for g in dict.fromkeys(request.domains)}, request.domains,
-        found.spread(m.adapters), lambdas, request.arguments["ridge"],
+        found.spread(m.adapters), lambdas, request.arguments["ridge"], request.device,
     )  # fmt: skip
     z = problem.prune(request.arguments["threshold"])
     kept = found.select(z > 0)

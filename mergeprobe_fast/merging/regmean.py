@@ -16,6 +16,7 @@ from mergeprobe_fast.merging.activation import (
     pooled,
     positive_weights,
 )
+from mergeprobe_fast.merging.algebra import dot
 from mergeprobe_fast.merging.arguments import choice
 from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
 from mergeprobe_fast.merging.source import ModuleFactors, each_module
@@ -50,7 +51,7 @@ def regmean(request: MergeRequest) -> Iterator[MergedModule]:
     positive_weights(request, "regmean")
     metrics = Metrics(request)
     yield from each_module(
-        request.chunks(), partial(_merged, request, metrics), request.threads, metrics.shared
+        request.chunks(), partial(_merged, request, metrics), request.workers, metrics.shared
     )
 
 
@@ -75,7 +76,7 @@ def _merged(request: MergeRequest, metrics: Metrics, m: ModuleFactors) -> Merged
         diag[at] = alone[at] * (lam[i] * metric.diagonal[g])
     x, seen = metric.solve(own, diag)
 
-    delta = SeenDelta(b, x, seen, metric)
+    delta = SeenDelta(b, x, seen, metric, request.device)
     rank, energy = request.rank, request.energy
     cut = delta.cut(rank, energy, metric=request.arguments["truncation"])
     whole = rank is None and energy is None
@@ -98,7 +99,7 @@ def _outputs(
     ``alone`` and ``merged`` are (scaled rows, those at the samples) of the stacked A and of A'.
     Outputs are taken in the coordinates of q, where B is its small factor r.
     """
-    rows, r = _blocks(m), cut.delta.basis.r
+    rows, r, device = _blocks(m), cut.delta.basis.r, request.device
     n = len(request.domains)
     table = {name: [0.0] * n for name in ("energy", "error", "full", "average")}
     for g in dict.fromkeys(request.domains):
@@ -107,14 +108,16 @@ def _outputs(
             weight = metric.weights[g]
         else:  # the domain only of adapters that do not take part here
             x = inputs(calibration_of(request), g, m.module)
-            each, result = (a @ (x / metric.scale).T for a, _ in (alone, merged))
+            each, result = (dot(a, (x / metric.scale).T, device) for a, _ in (alone, merged))
             weight = float(len(x))
-        full, average = r @ result, r @ each / n
-        kept = full if whole else cut.kept @ (cut.kept.T @ full)
+        full, average = dot(r, result, device), dot(r, each, device) / n
+        kept = full if whole else dot(cut.kept, cut.kept.T @ full, device)
         for i in range(n):
             if request.domains[i] != g:
                 continue
-            own = r[:, rows[i]] @ each[rows[i]] if i in rows else np.zeros_like(full)
+            own = np.zeros_like(full)
+            if i in rows:
+                own = dot(r[:, rows[i]], each[rows[i]], device)
             outputs = own, kept - own, full - own, average - own
             for values, output in zip(table.values(), outputs, strict=True):
                 values[i] = float(np.square(output).sum()) / weight

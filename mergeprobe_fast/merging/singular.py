@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -36,19 +37,22 @@ def tsv_m(request: MergeRequest) -> Iterator[MergedModule]:
         chosen = [
             _leading(atoms, np.where(request.weights_of(m) != 0, share, 0.0)) for m, atoms in batch
         ]
-        sides = iter(bases([x for a in chosen for x in (a.left, a.right)], request.threads))
+        stacks = [x for a in chosen for x in (a.left, a.right)]
+        sides = iter(bases(stacks, request.threads, request.device))
         sums = []
         for (m, _), atoms in zip(batch, chosen, strict=True):
             sigma = atoms.spread(request.weights_of(m)) * atoms.sigma
             two = [resolved(next(sides), tolerance) for _ in range(2)]
-            left, right = (polar_rows(side, request.threads) for side in two)
+            left, right = (polar_rows(side, request.threads, request.device) for side in two)
             details = {
                 "shared_left": len(sigma) - len(two[0].sigma),
                 "shared_right": len(sigma) - len(two[1].sigma),
             }
             sums.append(product(m.module, left.T * sigma, right, request.members(m), details))
         pad = request.rank is not None
-        yield from truncate(sums, request.rank, request.energy, request.threads, pad=pad)
+        yield from truncate(
+            sums, request.rank, request.energy, request.threads, pad=pad, device=request.device
+        )
 
 
 def resolved(basis: Basis, tolerance: float) -> Basis:
@@ -57,9 +61,9 @@ def resolved(basis: Basis, tolerance: float) -> Basis:
     return Basis(basis.rows[:k], basis.sigma[:k], basis.mix[:k])
 
 
-def polar_rows(basis: Basis, threads: int) -> np.ndarray:
+def polar_rows(basis: Basis, threads: int, device: Any = None) -> np.ndarray:
     """The polar factor of the stack that the basis is of: the nearest orthonormal rows."""
-    return inner(basis.mix.T, basis.rows.T, threads)
+    return inner(basis.mix.T, basis.rows.T, threads, device)
 
 
 def _leading(atoms: Atoms, shares: np.ndarray) -> Atoms:

@@ -34,6 +34,11 @@ class Stored:
     def shape(self) -> tuple[int, int]:
         return self.raw.shape  # type: ignore[return-value]
 
+    def finite(self) -> bool:
+        """Whether no value is NaN or infinite."""
+        values = self.raw if self.dtype == "F64" else to_f32(self.raw, self.dtype)
+        return bool(np.isfinite(values).all())
+
     def wide(self, kind: type = np.float64) -> np.ndarray:
         """The values, widened exactly. InputError naming the tensor when one is not finite."""
         values = self.raw if self.dtype == "F64" else to_f32(self.raw, self.dtype)

@@ -10,6 +10,7 @@ import numpy as np
 from mergeprobe_fast import _env
 from mergeprobe_fast.engine.samples import require
 from mergeprobe_fast.merging.activation import Recent, inputs
+from mergeprobe_fast.merging.algebra import Rows, gram
 from mergeprobe_fast.merging.output_error import stack
 from mergeprobe_fast.merging.source import ZooSource, each_module
 
@@ -34,7 +35,8 @@ def bordered_grams(
         InputError: a module that the calibration lacks or has in another shape, a file that
             changed.
     """
-    zoo = merged.zoo
+    zoo, device = merged.zoo, merged.request.device
+    threads = threads if device is None else min(threads, 2)
     source, k = ZooSource(zoo), len(zoo)
     if calibration is not None:
         require(calibration, zoo.modules)
@@ -47,16 +49,16 @@ def bordered_grams(
         b, a, blocks = stack(m, result.get(m.module.name))
         place = np.concatenate([[k], m.adapters])
         out = np.zeros((1 + 2 * len(needed), k + 1, k + 1))
-        gram = b.T @ b
+        outer = gram(b.T, device)
         views = [a]
         if needed:
             samples = recent.get(
                 calibration.input_key(m.module.name),
-                lambda: {g: inputs(calibration, g, m.module) for g in needed},
+                lambda: {g: Rows(inputs(calibration, g, m.module), device) for g in needed},
             )
-            views += [a @ samples[g].T / np.sqrt(len(samples[g])) for g in needed]
+            views += [samples[g].seen(a) / np.sqrt(len(samples[g])) for g in needed]
         for n, v in enumerate(views):
-            entries = gram * (v @ v.T)
+            entries = outer * gram(v, device)
             q = np.add.reduceat(np.add.reduceat(entries, blocks[:-1], 0), blocks[:-1], 1)
             out[n][np.ix_(place, place)] = q
         for n, g in enumerate(needed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merging.methods import MergedModule, pad_rank
 from mergeprobe_fast.merging.source import ModuleFactors
 from mergeprobe_fast.ops._tables import JOB, SEGMENT, address
-from mergeprobe_fast.ops.canonical import STATUS, matrix_record
+from mergeprobe_fast.ops.canonical import STATUS, _within_range, matrix_record
 from mergeprobe_fast.zoo import Module
 
 # Components below the rounding of the float32 result carry nothing.
@@ -32,27 +33,45 @@ class Sum:
     details: Mapping[str, Any] = field(default_factory=dict)
     keep: Any = None  # whatever the segments point into
 
+    def parts(self) -> list[tuple[tuple[np.ndarray, str], tuple[np.ndarray, str], float]]:
+        """((B, its dtype), (A, its dtype), scale) of each product, as they are stored."""
+        if self.factors is None:
+            b, a = self.keep
+            return [((b, _dtype(b)), (a, _dtype(a)), float(self.segments["scale"][0]))]
+        m = self.factors
+        return [
+            ((b.raw, b.dtype), (a.raw, a.dtype), float(s))
+            for b, a, s in zip(m.b, m.a, self.segments["scale"], strict=True)
+        ]
+
 
 def product(
     module: Module, b: np.ndarray, a: np.ndarray, members: tuple[str, ...],
     details: Mapping[str, Any] | None = None,
 ) -> Sum:  # fmt: skip
     """``b @ a`` with b (d_out, R) and a (R, d_in), float32 or float64."""
+    (b, up_b), (a, up_a) = _within_range(b), _within_range(a)
     segments = np.zeros(1, SEGMENT)
     segments[0]["u"], segments[0]["v"] = matrix_record(b.T), matrix_record(a)
-    segments["rank"], segments["scale"] = a.shape[0], 1.0
+    # Beyond 2^1000 either way float32 does not hold the result.
+    scale = np.ldexp(1.0, int(np.clip(up_b + up_a, -1000, 1000)))
+    segments["rank"], segments["scale"] = a.shape[0], scale
     return Sum(module, segments, members, None, details or {}, (b, a))
 
 
 def truncate(
-    sums: Sequence[Sum], rank: int | None, energy: float | None, threads: int, *, pad: bool
-) -> list[MergedModule]:
+    sums: Sequence[Sum], rank: int | None, energy: float | None, threads: int, *, pad: bool,
+    device: Any = None,
+) -> list[MergedModule]:  # fmt: skip
     """Each sum at its best rank-k approximation, b = left sigma, a = right.
 
     k is at most ``rank``, and the smallest that keeps a share ``energy`` of the squared norm; with
     neither it is the numerical rank. ``pad``: every module gets ``rank``, zeros where it has less.
-    Exact: QR-like bases of the stacked factors and an SVD of their core, in float64.
+    Exact: QR-like bases of the stacked factors and an SVD of their core, in float64; on the
+    ``device`` if there is one, by the same rule for the rank.
     """
+    if device is not None:
+        return _truncate_there(sums, rank, energy, device, pad=pad)
     bounds = np.concatenate([[0], np.cumsum([len(s.segments) for s in sums])]).astype(np.int64)
     jobs = np.zeros(len(sums), JOB)
     spectra, factors = [], []
@@ -79,8 +98,7 @@ def truncate(
         _refuse_failed(s, job)
         values = sigma[at]
         kept = min(int(job["rank"]), _share(values, energy))
-        # A module whose sum is zero still needs a pair of factors.
-        width = rank if pad and rank is not None and energy is None else max(1, kept)
+        width = _width(rank, energy, kept, pad)
         merged.append(
             MergedModule(
                 s.module,
@@ -94,6 +112,57 @@ def truncate(
             )
         )
     return merged
+
+
+def _truncate_there(
+    sums: Sequence[Sum], rank: int | None, energy: float | None, device: Any, *, pad: bool
+) -> list[MergedModule]:
+    from mergeprobe_fast.kernels.factors import canonical_forms
+
+    for s in sums:
+        if not np.isfinite(s.segments["scale"]).all():
+            raise InputError(f"the merged update cannot be factorised: {STATUS[3]}",
+                             key=s.module.name)  # fmt: skip
+
+    def choose(_: int, sigma: np.ndarray, found: int) -> int:
+        return min(found if rank is None else min(rank, found), _share(sigma, energy))
+
+    forms = canonical_forms(
+        device, [s.parts() for s in sums], _RELATIVE, _NOISE, choose, scaled=True
+    )
+    merged = []
+    for s, f in zip(sums, forms, strict=True):
+        if f.status in STATUS:
+            raise _refusal(s, f.status, _first_bad(s, f.status))
+        a, b, norm = f.right, f.left, _length(f.sigma)
+        if f.status:  # beyond float64: refused by the module's name, as what float32 cannot hold
+            b, norm = np.full((s.module.d_out, 1), np.inf, np.float32), math.inf
+            a = np.zeros((1, s.module.d_in), np.float32)
+        width = _width(rank, energy, len(a), pad)
+        merged.append(
+            MergedModule(
+                s.module, pad_rank(a, width, 0), pad_rank(b, width, 1), s.members, norm,
+                _length(f.sigma[len(a) :]), f.rank, s.details,
+            )
+        )  # fmt: skip
+    return merged
+
+
+def _width(rank: int | None, energy: float | None, kept: int, pad: bool) -> int:
+    # A module whose sum is zero still needs a pair of factors.
+    return rank if pad and rank is not None and energy is None else max(1, kept)
+
+
+def _dtype(x: np.ndarray) -> str:
+    return "F64" if x.dtype == np.float64 else "F32"
+
+
+def _first_bad(s: Sum, status: int) -> int:
+    """The first segment whose B (1) or A (2) is not finite; a status of the whole: -1."""
+    if s.factors is None or status == 3:
+        return -1
+    side = s.factors.b if status == 1 else s.factors.a
+    return next(i for i, x in enumerate(side) if not x.finite())
 
 
 def share_rank(sigma: np.ndarray, energy: float | None) -> int:
@@ -112,14 +181,16 @@ def _share(sigma: np.ndarray, energy: float | None) -> int:
 
 
 def _refuse_failed(s: Sum, job: np.void) -> None:
-    status = int(job["status"])
-    if status == 0:
-        return
+    if status := int(job["status"]):
+        raise _refusal(s, status, int(job["bad_segment"]))
+
+
+def _refusal(s: Sum, status: int, segment: int) -> InputError:
     reason = STATUS[status].removeprefix("B ").removeprefix("A ")
     if s.factors is None or status == 3:
-        raise InputError(f"the merged update cannot be factorised: {reason}", key=s.module.name)
+        return InputError(f"the merged update cannot be factorised: {reason}", key=s.module.name)
     side = s.factors.b if status == 1 else s.factors.a
-    raise side[int(job["bad_segment"])].refuse(reason)
+    return side[segment].refuse(reason)
 
 
 def _length(values: np.ndarray) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mergeprobe_fast.merging.activation import ARGUMENTS, Metric, Metrics, pooled
+from mergeprobe_fast.merging.algebra import dot, eigh, gram, qr
 from mergeprobe_fast.merging.methods import MergedModule, MergeMethod, MergeRequest, pad_rank
 from mergeprobe_fast.merging.source import ModuleFactors, each_module
 from mergeprobe_fast.merging.truncate import share_rank
@@ -41,11 +43,11 @@ def weighted_svd(request: MergeRequest) -> Iterator[MergedModule]:
         b = np.concatenate([f.wide() for f in m.b], axis=1)
         a = np.concatenate([f.wide() * s for f, s in zip(m.a, scales, strict=True)])
         x = metric.scaled(a)
-        delta = SeenDelta(b, x, metric.seen(x), metric)
+        delta = SeenDelta(b, x, metric.seen(x), metric, request.device)
         width = rank if request.energy is None else None
         return delta.cut(rank, request.energy).module(m.module, request.members(m), width)
 
-    yield from each_module(request.chunks(), merged, request.threads, metrics.shared)
+    yield from each_module(request.chunks(), merged, request.workers, metrics.shared)
 
 
 class SeenDelta:
@@ -54,22 +56,26 @@ class SeenDelta:
     ``x`` is a (R, d_in) in the coordinates of the metric and ``seen`` is ``x Z^T`` (R, T).
     """
 
-    def __init__(self, b: np.ndarray, x: np.ndarray, seen: np.ndarray, metric: Metric) -> None:
-        self.basis = Basis(b)
+    def __init__(
+        self, b: np.ndarray, x: np.ndarray, seen: np.ndarray, metric: Metric, device: Any = None
+    ) -> None:
+        self.device = device
+        self.basis = Basis(b, device)
         self.a: np.ndarray = x / metric.scale
-        gram = x @ x.T + metric.off * (seen @ seen.T)
-        self._weighted = _congruent(self.basis.r, gram)
+        weighted = gram(x, device) + metric.off * gram(seen, device)
+        self._weighted = _congruent(self.basis.r, weighted, device)
         # Of the parts, before they cancel: below 2^-40 of it is rounding.
-        parts = np.square(np.linalg.norm(self.basis.r, axis=0)) @ np.maximum(np.diag(gram), 0)
+        parts = np.square(np.linalg.norm(self.basis.r, axis=0)) @ np.maximum(np.diag(weighted), 0)
         self._faint = 2.0**-40 * float(np.sqrt(parts))
-        self._plain = _congruent(self.basis.r, self.a @ self.a.T)
+        self._plain = _congruent(self.basis.r, gram(self.a, device), device)
 
     def cut(self, rank: int | None, energy: float | None, *, metric: str = "activation") -> Cut:
         """The best approximation of at most that rank in one of the metrics.
 
         It is a projection from the left, ``U U^T M`` with U orthonormal, in either.
         """
-        squares, vectors = np.linalg.eigh(self._weighted if metric == "activation" else self._plain)
+        chosen = self._weighted if metric == "activation" else self._plain
+        squares, vectors = eigh(chosen, self.device)
         sigma = np.sqrt(np.maximum(squares[::-1], 0.0))
         vectors = vectors[:, ::-1]
         floor = np.sqrt(_NOISE * len(sigma)) * sigma[0]
@@ -94,23 +100,24 @@ class Basis:
     kappa = 1e4. Beyond (near-duplicate adapters, dependent columns) it is Householder's QR.
     """
 
-    def __init__(self, b: np.ndarray) -> None:
+    def __init__(self, b: np.ndarray, device: Any = None) -> None:
+        self._device = device
         lengths = np.linalg.norm(b, axis=0)
         unit = b / np.where(lengths > 0, lengths, 1.0)
-        squares, vectors = np.linalg.eigh(unit.T @ unit)
+        squares, vectors = eigh(gram(unit.T, device), device)
         if b.shape[0] >= b.shape[1] and squares[0] > 1e-8 * squares[-1]:
             roots = np.sqrt(squares)
             self._left, self._inner = unit, vectors / roots
             self.r = (vectors * roots).T * lengths
         else:
-            self._left, self.r = np.linalg.qr(b)
+            self._left, self.r = qr(b, device)
             self._inner = None
 
     def expand(self, coordinates: np.ndarray) -> np.ndarray:
         """``q @ coordinates``."""
         if self._inner is not None:
             coordinates = self._inner @ coordinates
-        return self._left @ coordinates
+        return dot(self._left, coordinates, self._device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +140,7 @@ class Cut:
         details: dict[str, object] | None = None,
     ) -> MergedModule:  # fmt: skip
         """b = U times sigma, a = right rows of unit length, at least ``width`` (or 1) of them."""
-        right = (self.kept.T @ self.delta.basis.r) @ self.delta.a
+        right = dot(self.kept.T @ self.delta.basis.r, self.delta.a, self.delta.device)
         sigma = np.linalg.norm(right, axis=1)
         right = right / np.where(sigma > 0, sigma, 1.0)[:, None]
         left = self.delta.basis.expand(self.kept) * sigma
@@ -152,9 +159,9 @@ class Cut:
         return self.weighted_lost / self.weighted_norm if self.weighted_norm else 0.0
 
 
-def _congruent(r: np.ndarray, gram: np.ndarray) -> np.ndarray:
-    """``r gram r^T``, symmetric to the bit."""
-    full = r @ gram @ r.T
+def _congruent(r: np.ndarray, inner: np.ndarray, device: Any) -> np.ndarray:
+    """``r inner r^T``, symmetric to the bit."""
+    full = dot(dot(r, inner, device), r.T, device)
     return 0.5 * (full + full.T)
 
 
