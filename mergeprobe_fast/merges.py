@@ -13,7 +13,7 @@ from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.merge_tables import MergeTables, merge_tables
 from mergeprobe_fast.merging.merge import merge
 from mergeprobe_fast.merging.registry import MERGE_METHODS
-from mergeprobe_fast.ops.device import open_device
+from mergeprobe_fast.ops.device import computing_on, open_device
 from mergeprobe_fast.recorded import open_recorded
 from mergeprobe_fast.sets import member_sets
 from mergeprobe_fast.table import MergeTable
@@ -91,7 +91,8 @@ def merge_features(
     members = member_sets(zoo, [m.members for m in wanted])
     for row, m in enumerate(wanted):
         _check(m, f"merges[{row}]", recorded.calibration is None)
-    tables = merge_tables(zoo, recorded, threads=threads, progress=progress, device=opened)
+    with computing_on(opened):
+        tables = merge_tables(zoo, recorded, threads=threads, progress=progress, device=opened)
     weights = _all_weights(tables, wanted, members)
     sums = np.array([m.is_sum for m in wanted])
     columns = tables.features(members, np.where(np.isnan(weights), 0.0, weights))
@@ -103,7 +104,9 @@ def merge_features(
             if progress:
                 progress(1)
         there = members[others] >= 0
-        for name, values in tables.of_merged(found).items():
+        with computing_on(opened):
+            judged = tables.of_merged(found)
+        for name, values in judged.items():
             wide = np.full(there.shape, np.nan)
             wide[:, : values.shape[1]] = values
             columns[name][others] = wide

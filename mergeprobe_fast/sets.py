@@ -12,7 +12,7 @@ import numpy as np
 from mergeprobe_fast import _env
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.features.sets import SetRequest, select_sets
-from mergeprobe_fast.ops.device import open_device
+from mergeprobe_fast.ops.device import computing_on, open_device
 from mergeprobe_fast.recorded import open_recorded
 from mergeprobe_fast.table import SetTable
 from mergeprobe_fast.zoo import Paths, Zoo, as_zoo
@@ -76,7 +76,8 @@ def set_features(
     columns: dict[str, np.ndarray] = {}
     per_member = {"weights": np.where(there, request.weights, np.nan)}
     for group, wanted in chosen:
-        values = {**group.compute(request), "there": there}
+        with computing_on(opened):
+            values = {**group.compute(request), "there": there}
         columns |= {f.name: f.finish(values) for f in wanted}
         per_member |= {f.name: f.finish(values) for f in group.features if f.per_member}
     return SetTable(zoo.names, index, columns, per_member)

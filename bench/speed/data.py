@@ -156,7 +156,8 @@ def write_calibration(
     with CalibrationWriter(folder, info) as writer:
         for domain in domains:
             writer.sampled_tokens(domain, np.zeros(samples), np.arange(1, samples + 1))
-            for name, (_, d_in) in shapes.items():
+            for name, (d_out, d_in) in shapes.items():
+                writer.output_moment(domain, name, np.ones(d_out))
                 if source[name] != name:
                     continue
                 x = generator.standard_normal((samples, d_in), np.float32)

@@ -14,7 +14,7 @@ import pytest
 SUITES = (
     "gram", "growth", "everyday", "screen", "merge", "operators", "sets", "entries", "angles",
     "metrics", "peers", "large_rank", "device_gram", "device_merge", "device_canonical",
-    "device_signs", "device_screen",
+    "device_signs", "device_screen", "device_families",
 )  # fmt: skip
 HERE = Path(__file__).resolve().parent
 

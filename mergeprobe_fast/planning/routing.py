@@ -13,6 +13,7 @@ from mergeprobe_fast.engine.sweep import sweep
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.io.fingerprint import fingerprint
 from mergeprobe_fast.io.router_file import ARROW, LINEAR, LinearInfo, Router, RouterInfo
+from mergeprobe_fast.ops.device import current_device
 from mergeprobe_fast.planning.discriminant import choose_held_out, fit
 from mergeprobe_fast.zoo import Zoo
 
@@ -38,7 +39,7 @@ def prototypes(zoo: Zoo, *, threads: int | None = None) -> dict[str, np.ndarray]
         InputError: a file that changed, or a factor that is not finite; names file and key.
     """
     found: dict[str, np.ndarray] = {}
-    for chunk in sweep(zoo, _env.threads_or_default(threads)):
+    for chunk in sweep(zoo, _env.threads_or_default(threads), device=current_device()):
         for k, module in enumerate(chunk.modules):
             if module.kind != "linear":
                 continue

@@ -13,7 +13,7 @@ import numpy as np
 
 from mergeprobe_fast.errors import InputError
 from mergeprobe_fast.finding import text
-from mergeprobe_fast.ops.device import open_device
+from mergeprobe_fast.ops.device import computing_on, open_device
 from mergeprobe_fast.planning.book import Book, Set
 from mergeprobe_fast.planning.costs import Costs, load_costs
 from mergeprobe_fast.planning.curve import outcomes, with_curve
@@ -96,8 +96,9 @@ def plan(
     judged_zoo, early = (zoo, False) if probes is None else (_snapshots(zoo, probes, at), True)
     recorded = open_recorded(judged_zoo, calibration, domains)
     predictor = _predictor(model)
-    judge: Any = open_judge(judged_zoo, recorded, predictor, early=early,
-                            threads=threads, progress=reading, device=opened)  # fmt: skip
+    with computing_on(opened):
+        judge: Any = open_judge(judged_zoo, recorded, predictor, early=early,
+                                threads=threads, progress=reading, device=opened)  # fmt: skip
     reason = judge.reason
     if measured is not None:
         from mergeprobe_fast.planning.fitted import fitted
@@ -114,11 +115,12 @@ def plan(
     ]
     notes = (*(f"left out: {s.reason}" for s in zoo.skipped), *zoo.notes, *recorded.notes,
              *poorer(judge, recorded, predictor))  # fmt: skip
-    return make_plan(
-        judge, adapters, chosen, actions, base_model=zoo.base_model, calibration=where,
-        reason=reason, early=early, notes=notes, curve=curve, effort=effort, costly=costly,
-        resident=resident, progress=progress,
-    )  # fmt: skip
+    with computing_on(opened):  # merges that learn from data are made to be judged
+        return make_plan(
+            judge, adapters, chosen, actions, base_model=zoo.base_model, calibration=where,
+            reason=reason, early=early, notes=notes, curve=curve, effort=effort, costly=costly,
+            resident=resident, progress=progress,
+        )  # fmt: skip
 
 
 def make_plan(

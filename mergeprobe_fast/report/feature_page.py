@@ -38,7 +38,9 @@ YOURS = '''\
 A statistic on the tiles is a `Feature`: what it needs of the pass, and how it finishes.
 `s.need[DOT]` is <W_a, W_b> of a module or of the whole update, as arrays over pairs, and
 `s.energy_a`, `s.rank_a`, ... are what one adapter has (`mergeprobe_fast.engine.declare.Sums` says
-what there is). It joins the pass of the others and gets the same aggregates over modules:
+what there is). It joins the pass of the others and gets the same aggregates over modules. With
+`device="cuda"` it runs there if it only does what numpy does with each pair by itself, else on the
+CPU, with the same result:
 
 ```python
 import numpy as np

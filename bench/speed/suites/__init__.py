@@ -11,7 +11,7 @@ SUITES = (
 )  # fmt: skip
 # With --device cuda, instead of those.
 ON_DEVICE = ("device_gram", "device_merge", "device_canonical", "device_signs",
-             "device_screen")  # fmt: skip
+             "device_screen", "device_families")  # fmt: skip
 
 
 def load(name: str) -> ModuleType:
