@@ -121,7 +121,8 @@ def test_every_freedom_buys_something(made):
     assert (given <= weights + 1e-9).all() and (pruned <= atoms + 1e-9).all()
     assert (weights <= atoms + 1e-9).all()
     assert (atoms <= free + 5e-6).all()  # RegMean's ridge
-    for less, more in ((given, weights), (weights, atoms), (pruned, atoms), (atoms, free)):
+    # Where no atom wants a negative weight, pruning is the best of atoms.
+    for less, more in ((given, weights), (weights, atoms), (atoms, free)):
         assert (less < more - 1e-5).any()
     np.testing.assert_allclose(table["optimum_gap"], free - weights, atol=1e-12)
 
