@@ -212,7 +212,9 @@ def _of_adapters(
     zoo: Zoo, recorded: Recorded, chosen: Selection, threads: int | None,
     progress: Callable[[int], None] | None, device: Any = None,
 ) -> AdapterTable:  # fmt: skip
-    result = engine.run(zoo, [], threads=threads, progress=progress, device=device)
+    result = engine.run(
+        zoo, [], threads=threads, progress=progress, device=device, pairs=False
+    )
     found = family_values(
         zoo, chosen, recorded, result, of_pairs=False, of_adapters=True, threads=threads,
         progress=progress, device=device,

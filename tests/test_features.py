@@ -11,6 +11,7 @@ from adapters import make_adapter
 from tolerances import bound
 
 import mergeprobe_fast as mpf
+from mergeprobe_fast.engine import passes
 from mergeprobe_fast.features import Feature, select
 
 MODULES = {
@@ -320,6 +321,19 @@ def test_adapter_features(rng, isa, tmp_path):
         low, high = min(ranks), max(ranks)
         assert table["rank"][i] == (str(low) if low == high else f"{low}-{high}")
         assert table["zero_modules"][i] == sum(not w.any() for w in deltas)
+
+
+def test_adapters_alone_are_read_once(tmp_path, monkeypatch):
+    for i in range(7):
+        make_adapter(tmp_path / f"adapter_{i}", seed=i)
+    zoo = mpf.open_zoo(tmp_path)
+    want, seen = mpf.adapter_features(zoo), []
+    monkeypatch.setattr(passes, "PAIR_BYTES", 1)  # blocks of two adapters
+    found = mpf.adapter_features(zoo, progress=seen.append)
+    for name in want:
+        np.testing.assert_array_equal(found[name], want[name], err_msg=name)
+    assert sum(seen) == 4 * len(zoo.modules)
+
 
 
 def test_spectrum_bound_catches_the_other_effective_rank(tmp_path):

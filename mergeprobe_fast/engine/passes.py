@@ -76,6 +76,7 @@ def run(
     progress: Callable[[int], None] | None = None,
     keep: str | os.PathLike[str] | None = None,
     device: Any = None,
+    pairs: bool = True,
 ) -> PassResult:
     """All pairs of a zoo, all features, with bounded memory.
 
@@ -89,7 +90,8 @@ def run(
     :func:`steps`. ``keep``: a folder for the block pairs that are done, if there are several; those
     of the same pass in it are not computed again. It is left for the caller to remove, and not used
     where a feature of the caller's own has no ``made_from``. ``device``: from
-    :func:`mergeprobe_fast.ops.open_device`; None: the CPU.
+    :func:`mergeprobe_fast.ops.open_device`; None: the CPU. ``pairs=False``: spectra alone, every
+    factor is read once; pairs of two blocks are not among the result's.
 
     Raises:
         InputError: a file that changed, a factor that is not finite, a module that the calibration
@@ -97,12 +99,13 @@ def run(
         BackendError: what the device fails at.
     """
     with computing_on(device):
-        return _run(zoo, features, recorded, profile, threads, progress, keep, device)
+        return _run(zoo, features, recorded, profile, threads, progress, keep, device, pairs)
 
 
 def _run(
     zoo: Zoo, features: Sequence[Feature], recorded: Recorded, profile: bool, threads: int | None,
     progress: Callable[[int], None] | None, keep: str | os.PathLike[str] | None, device: Any,
+    pairs: bool,
 ) -> PassResult:  # fmt: skip
     threads = _env.threads_or_default(threads)
     features = list(features)
@@ -116,7 +119,7 @@ def _run(
         kept = Kept(keep, f"{made_from(zoo, features, recorded, profile)}-{len(blocks)}{where}")
     finished: list[Done] = []
     for i, first in enumerate(blocks):
-        for j, second in enumerate(blocks[i:], i):
+        for j, second in enumerate(blocks[i:] if pairs else [first], i):
             done = None if kept is None else kept.get(i, j)
             if done is None:
                 done = _block(first, second, zoo, features, needs, recorded,
