@@ -25,7 +25,7 @@ def cases(quick: bool) -> list[Case]:
     """Few large adapters, and many."""
     if quick:
         return [_case(4, 2, 64)]
-    return [_case(50, 28, 4096), _case(300, 28, 2048)]
+    return [_case(50, 28, 4096), _case(300, 28, 2048), _case(1000, 8, 2048)]
 
 
 def _case(count: int, modules: int, width: int) -> Case:
