@@ -214,13 +214,16 @@ MP_NOINLINE void eigenvalues(i64 n, double* const* d, double* const* e) {
   Sweep sweep[G];
   for (int g = 0; g < G; g++) measure(sweep[g], d[g], e[g], n);
   for (i64 l = 0; l + 1 < n; l++) {
-    i64 end[G];
-    for (int g = 0; g < G; g++) end[g] = n - 1;
+    i64 end = n - 1;
     for (int iteration = 0; iteration < kIterations; iteration++) {
       bool any = false;
       i64 last = l + 1;
-      for (int g = 0; g < G; g++) end[g] = last_coupled(e[g], sweep[g].done, l, end[g]);
-      for (int g = 0; g < G; g++) last = end[g] > last ? end[g] : last;
+      // One for all: a sweep from further above may couple rows again that had come apart.
+      for (int g = 0; g < G; g++) {
+        const i64 own = last_coupled(e[g], sweep[g].done, l, end);
+        last = own > last ? own : last;
+      }
+      end = last;
       MP_UNROLL(4)
       for (int g = 0; g < G; g++) any |= begin(sweep[g], d[g], e[g], l, last);
       if (!any) break;
