@@ -24,10 +24,11 @@ def _sigma(rows, a, b):
     return rows.relative[a:b, : rows.most(a, b)] * rows.batch.sigma[a:b, :1]
 
 
-def _pieces(rows, k, width):
-    """Ranges of a module's entries that have rows: at most PIECE bytes with so many columns."""
+def _pieces(rows, k, width, least=1):
+    """Ranges of a module's entries that have rows: at most PIECE bytes with so many columns, and
+    with ``least`` elements an entry."""
     first, last = rows.bounds[k : k + 2]
-    step = max(1, PIECE // (8 * width * max(1, rows.most(first, last))))
+    step = max(1, PIECE // (8 * max(least, width * max(1, rows.most(first, last)))))
     for a in range(first, last, step):
         b = min(a + step, last)
         if rows.first[a] < rows.first[b]:
@@ -154,7 +155,7 @@ def shifts(rows, k, entries, x, y):
     square = gram.square().sum()
     found = rows.relative.new_full((len(entries),), torch.nan)
     place = {e: n for n, e in enumerate(entries)}
-    for a, b in _pieces(rows, k, max(*x.shape, y.shape[1], len(x) * 8)):
+    for a, b in _pieces(rows, k, max(*x.shape, y.shape[1]), len(x) ** 2):
         chosen = [e for e in range(a, b) if e in place]
         if not chosen:
             continue

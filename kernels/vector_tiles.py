@@ -8,7 +8,7 @@ from .chunk_rows import sent
 from .gram_modules import gram_pass
 
 __all__ = ["VectorTiles"]
-ROWS = 2048  # singular vectors of a block of entries
+ROWS = 2048  # singular vectors of a block of entries, those of an entry as `_padded_height` says
 LEFT, RIGHT = (1, -1, -1), (2, -1, -1)  # epilogues of gram_pass: sums of squared cosines
 
 
@@ -69,7 +69,7 @@ class VectorTiles:
         cosine of principal angles, and what gradience calls the directional agreement.
         """
         h = max(self._rows.most(e, e + 1) for e in entries)
-        step = max(1, ROWS // h)
+        step = max(1, ROWS // _padded_height(h))
         blocks = [self._block(k, entries[a : a + step], keep[a : a + step], sigma[a : a + step], h)
                   for a in range(0, len(entries), step)]  # fmt: skip
         for i, one in enumerate(blocks):
@@ -114,6 +114,11 @@ class _Block:
         place = (at[:, None] + within).clamp(max=len(x) - 1)
         found = torch.where((within < high[:, None])[:, :, None], x[place].double(), 0.0)
         return found.flatten(0, 1)
+
+
+def _padded_height(h):
+    """What `singular_values` pads h rows to: the SVDs of all pairs of two blocks are in memory."""
+    return max(16, 1 << (h - 1).bit_length())
 
 
 def _directional(m, n, one, two):

@@ -36,7 +36,34 @@ def whole(zoo, calibration, device) -> dict[str, np.ndarray]:
     return {n: x for n, x in vars(found).items() if x is not None}
 
 
-TASKS = {"pairs": pairs, "adapters": adapters, "totals": whole}
+def largest(zoo, device, **options) -> dict[str, int]:
+    """Elements of the most matrices that lie in memory at once: of SVDs, of Grams over samples."""
+    from mergeprobe_fast.kernels import sample_sums, vector_tiles
+
+    svd, centred, seen = vector_tiles.singular_values, sample_sums._u_centred, {}
+
+    def values(x):
+        # What Triton's are padded to.
+        height = max(16, 1 << (max(x.shape[1:]) - 1).bit_length())
+        seen["svd"] = max(seen.get("svd", 0), len(x) * height**2)
+        return svd(x)
+
+    def grams(x):
+        seen["grams"] = max(seen.get("grams", 0), x.numel())
+        return centred(x)
+
+    with (
+        patch.object(vector_tiles, "singular_values", values),
+        patch.object(sample_sums, "_u_centred", grams),
+    ):
+        if "calibration" in options:
+            mpf.adapter_features(zoo, ["output_shift"], device=device, **options)
+        else:
+            mpf.pair_features(zoo, "gradience", device=device)
+    return seen
+
+
+TASKS = {"pairs": pairs, "adapters": adapters, "totals": whole, "largest": largest}
 
 
 @contextmanager

@@ -178,3 +178,21 @@ def test_columns_of_other_tools(on_device, tmp_path, rng, kind, fault, sizes):
             if np.isfinite(y):
                 worst = max(worst, abs(x - y) / (2 * allowed(name, lengths)))
     assert (worst <= 1) == (fault is None)
+
+
+def test_pairs_of_small_ranks_are_not_all_in_memory_at_once(on_device, tmp_path, rng):
+    """SVDs of rank 1 are padded to 16: blocks of as many adapters as rows would take 256 times
+    what those of rank 16 take."""
+    sizes = {name: (*shape, 1) for name, shape in SHAPES.items()}
+    for i in range(12):
+        make_adapter(tmp_path / f"adapter_{i}", sizes, seed=int(rng.integers(2**32)))
+    seen = on_device("largest", {"zoo": str(tmp_path)}, sizes={"ROWS": 64})
+    assert 0 < seen["svd"] <= 64**2
+
+
+def test_grams_over_samples_are_counted_among_what_lies_in_memory(on_device, tmp_path, rng):
+    """(entries, T, T): more than the entries' own samples where T is above their rank."""
+    few, samples = ["math-a", "math-b", "math-c", "math-d"], 96
+    world = World(tmp_path, rng, adapters=few, domains={"math": samples}, outputs=True)
+    seen = on_device("largest", of(world), sizes={"PIECE": 8 * 2 * samples**2})
+    assert 0 < seen["grams"] <= 2 * samples**2
