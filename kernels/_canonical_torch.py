@@ -110,5 +110,11 @@ def svd(core, with_right=True):
     converged = torch.ones(len(core), dtype=torch.bool, device=core.device)
     if not with_right:
         return None, torch.linalg.svdvals(core), None, converged
-    left, sigma, right = torch.linalg.svd(core)
+    try:
+        left, sigma, right = torch.linalg.svd(core)
+    except torch.linalg.LinAlgError:  # which does not say of which entries
+        if len(core) == 1:
+            return core, core.new_zeros(core.shape[:2]), core, ~converged
+        parts = [svd(one) for one in core.split(1)]
+        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
     return left, sigma, right.mT, converged

@@ -1,5 +1,6 @@
 """A CUDA device as passes over a zoo use it: page-locked memory, copies beside the kernels."""
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -85,6 +86,14 @@ class Device:
             # Made on one stream, used on the other: its memory must outlive both.
             there.record_stream(compute)
         return there, done.synchronize
+
+    def joined(self):
+        """A function whose contexts put other threads on the stream that this one is on."""
+        if self.copies is None:
+            return nullcontext
+        with torch.cuda.device(self.torch):
+            stream = torch.cuda.current_stream()
+        return lambda: torch.cuda.stream(stream)
 
     def array(self, host):
         """The values of a numpy array as a :class:`DeviceArray`."""

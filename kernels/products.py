@@ -165,8 +165,11 @@ class Metric:
         z = self._z if self._by_samples else self._z.mT
         k = z @ z.mT
         k.mul_(self._off).diagonal().add_(1.0)
-        self._factor, failed = torch.linalg.cholesky_ex(k)
-        return not int(failed)
+        factor, failed = torch.linalg.cholesky_ex(k)
+        if int(failed):
+            return False
+        self._factor = factor
+        return True
 
     def _solved(self, right):
         return torch.cholesky_solve(right.mT, self._factor).mT

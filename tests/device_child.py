@@ -12,12 +12,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from bases import weights_of
 from own_features import OWN
 from triton_child import environment
 
@@ -157,9 +159,25 @@ def dense_rows(zoo, device, method, **arguments) -> dict[str, np.ndarray]:
     }
 
 
+def added(zoo, base, out, device, own_stream=False, **options) -> dict[str, np.ndarray]:
+    """The weights of a merge into base weights; ``own_stream``: the caller's, not the default."""
+    with _stream(own_stream):
+        mpf.merge_into(zoo, base, out, threads=2, device=device, overwrite=True, **options)
+    return weights_of(Path(out))
+
+
+def _stream(own: bool) -> Any:
+    if not own:
+        return nullcontext()
+    import torch
+
+    return torch.cuda.stream(torch.cuda.Stream())
+
+
 TASKS = {
-    "adapters": adapters, "dense_rows": dense_rows, "features": features, "merged": merged,
-    "merges": merges, "own": own, "planned": planned, "progress": progress, "sets": sets,
+    "added": added, "adapters": adapters, "dense_rows": dense_rows, "features": features,
+    "merged": merged, "merges": merges, "own": own, "planned": planned, "progress": progress,
+    "sets": sets,
 }  # fmt: skip
 
 

@@ -5,9 +5,9 @@ The child's program is this file too (see triton_child.py).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -61,13 +61,21 @@ def into(
         add._THERE, add._STRIP_THERE = before
 
 
-def solve(samples: np.ndarray, ridge: float, device: str) -> dict[str, Any]:
-    """What a metric of these samples alone makes of zeros, and of one on the diagonal."""
+def solve(
+    samples: np.ndarray, ridge: float, device: str, again: bool = False
+) -> dict[str, Any]:
+    """What a metric of these samples alone makes of zeros, and of one on the diagonal.
+
+    ``again``: after it was asked, and refused, once before.
+    """
     count, d = samples.shape
     metric = Metric(
         lambda g: samples.astype(np.float32), {"g": count}, {"g": np.ones(d)}, {"g": 1.0}, 1.0,
         ridge, open_device(device),
     )  # fmt: skip
+    if again:
+        with contextlib.suppress(mpf.InputError):
+            metric.solve(np.zeros((1, count)), np.ones((1, d)))
     try:
         x, _ = metric.solve(np.zeros((1, count)), np.ones((1, d)))
     except mpf.InputError as error:
@@ -102,7 +110,7 @@ TASKS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-@contextmanager
+@contextlib.contextmanager
 def there() -> Iterator[Callable[..., Any]]:
     """``call(task, *arguments, fault=None, **options)`` in the child, on its device."""
     with child(__file__) as ask:
@@ -140,11 +148,22 @@ def _faults() -> dict[str, tuple[Any, str, Any]]:
         near = rounding(x, dtype)
         return torch.where(near.double().abs() > x.abs(), 0.0 * near, near)
 
+    svd = torch.linalg.svd
+
+    def alone(core: Any) -> Any:
+        if len(core) > 1:
+            raise torch.linalg.LinAlgError("linalg.svd: (Batch element 0): it did not converge")
+        return svd(core)
+
+    def never(core: Any) -> Any:
+        raise torch.linalg.LinAlgError("linalg.svd: (Batch element 0): it did not converge")
+
     def full(*_: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     return {
         "memory": (products, "upload_all", full), "in a thread": (products, "_wide", full),
+        "svd of many": (torch.linalg, "svd", alone), "svd": (torch.linalg, "svd", never),
         "pivoted": (_canonical_torch, "cholesky", pivoted),
         "library": (torch.linalg, "solve_triangular", inverse),
         "short": (factors, "canonical_batch", batch),

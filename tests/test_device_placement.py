@@ -19,6 +19,7 @@ if os.environ.get("MERGEPROBE_TRITON_DEVICE") == "cuda":
     pytest.skip("tensors are on a real device", allow_module_level=True)
 
 from adapters import make_adapter  # noqa: E402
+from bases import make_base  # noqa: E402
 from device_child import TASKS  # noqa: E402
 from domain_world import ADAPTERS, World  # noqa: E402
 from triton_child import child, serve  # noqa: E402
@@ -157,6 +158,20 @@ def test_everything_lies_where_it_is_used(pretended, world, zoo, name):
     assert seen["ran"]
     assert not seen["unordered"], "sums of floats in no order: other bits in every run"
     assert not seen["lifetimes"]
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_caller_may_be_on_a_stream_of_its_own(pretended, world, zoo, tmp_path, method):
+    """Threads that add to base weights take what was made on that stream, not on theirs."""
+    made = [m for adapter in world.zoo for m in adapter.modules.items()]
+    shapes = {f"{name}.weight": ("F32", (m.b.shape[0], m.a.shape[1])) for name, m in made}
+    base, out = make_base(tmp_path / "base", shapes), tmp_path / "out"
+    places = {"base": str(base), "out": str(out), "method": method}
+    found, seen = pretended("added", zoo, own_stream=True, **places)
+    want = TASKS["added"](zoo, device="cpu", **places)
+    assert set(found) == set(want) and not seen["lifetimes"]
+    for name, x in want.items():
+        assert np.abs(found[name] - x).max() <= CLOSE * np.abs(x).max(), name
 
 
 # More than one chunk: buffers are used again.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from adapters import delta_of, make_adapter
+from calibration_samples import make_calibration as gradients_too
 from calibrations import make_calibration
 from command_line import Run, assert_refused, runner, strict_json
 from dense_merge import WIDE, digests, exact_sums, seed_from, truncated, zoo_of
@@ -191,6 +192,37 @@ def test_an_overflow_is_no_zero(tmp_path, method):
     arguments = {"isotropic": True} if method == "core_space" else {}
     with pytest.raises(InputError, match="overflow"):
         mpf.merge([m.path for m in made], method, [100, 100], **arguments)
+
+
+# Of rules that average with weights, only their ratios count.
+RATIOS = {"slerp", "karcher", "regmean", "prune", "fisher"}
+SUMS = {"svd", "linear", "weighted_svd", "osrm", "tsv_m", "iso_c", "core_space", "knots",
+        "lora_lego"}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", sorted(RATIOS | SUMS))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, on the way to a refusal
+def test_absurd_weights_are_ratios_or_refused(tmp_path, rng, method):
+    """Neither zeros nor a traceback, where sums and squares of weights leave float64."""
+    shapes = {n: s[:2] for n, s in WIDE.items()}
+    made = zoo_of(*[{"modules": WIDE}] * 2)(tmp_path / "zoo", seed_from(rng))
+    given = {"calibration": gradients_too(
+        tmp_path / "calibration", shapes, {"a": 5, "b": 60}, rng, gradients=True
+    ).path, "domains": ["a", "b"]} if mpf.MERGE_METHODS[method].data else {}  # fmt: skip
+
+    def deltas(weight):
+        found = mpf.merge([m.path for m in made], method, [weight, 0.75 * weight], **given)
+        return [m.b.astype(np.float64) @ m.a for m in found.modules]
+
+    wanted = deltas(1.0)
+    for weight in (1.5e308, 1e200, 1e-200, 1e-300):
+        if method in RATIOS:
+            for x, y in zip(deltas(weight), wanted, strict=True):
+                assert np.linalg.norm(x - y) <= 1e-6 * np.linalg.norm(y), weight
+        else:
+            said = "overflows|NaN or infinite" if weight > 1 else "underflows"
+            with pytest.raises(InputError, match=said):
+                deltas(weight)
 
 
 def test_notes_say_what_is_so(tmp_path, rng):

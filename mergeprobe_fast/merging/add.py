@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -136,7 +137,14 @@ class Adder:
     def _each(
         self, block: Callable[[int, int], Added], cuts: Iterator[tuple[int, int]]
     ) -> Iterator[Added]:
-        return self._pool.map(lambda cut: block(*cut), cuts)
+        # What is added was made on this thread's stream: on theirs it might not be there yet.
+        joined = nullcontext if self._device is None else self._device.joined()
+
+        def add(cut: tuple[int, int]) -> Added:
+            with joined():
+                return block(*cut)
+
+        return self._pool.map(add, cuts)
 
     def _add_block(self, target: Target, first: int, delta: Any) -> Added:
         """Whole rows of the tensor, from row ``first``."""

@@ -17,7 +17,13 @@ from mergeprobe_fast.merging import schedule
 from mergeprobe_fast.merging.algebra import gram
 from mergeprobe_fast.merging.arguments import choice, number, whole
 from mergeprobe_fast.merging.atoms import Atoms, batches
-from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
+from mergeprobe_fast.merging.methods import (
+    Argument,
+    MergedModule,
+    MergeMethod,
+    MergeRequest,
+    near_one,
+)
 from mergeprobe_fast.merging.source import ModuleFactors
 from mergeprobe_fast.merging.truncate import Sum, truncate
 from mergeprobe_fast.ops import block_gram
@@ -76,7 +82,7 @@ def karcher(request: MergeRequest) -> Iterator[MergedModule]:
     Exact up to ``tolerance``; does not depend on the order; rank None is the numerical rank of the
     sum. Gauge-invariant. Karcher 1977.
     """
-    w = request.weights
+    w = _shares(request)
     if (w < 0).any():
         raise InputError("must not be negative: a mean on the sphere has none", key="weights")
     if (w.sum(1) == 0).any():
@@ -84,7 +90,7 @@ def karcher(request: MergeRequest) -> Iterator[MergedModule]:
     tolerance, most = request.arguments["tolerance"], request.arguments["max_iterations"]
 
     def rule(m: ModuleFactors, gram: np.ndarray) -> Coefficients:
-        weights = request.weights_of(m) / w[m.index].sum()
+        weights = w[m.index, m.adapters] / w[m.index].sum()
         try:
             return _karcher(gram, weights, tolerance, most)
         except ValueError as error:
@@ -118,9 +124,14 @@ def _gram(atoms: Atoms, threads: int, device: Any) -> np.ndarray:
     return block_gram(u, atoms.right, atoms.bounds, accumulate="fp64", threads=threads)
 
 
+def _shares(request: MergeRequest) -> np.ndarray:
+    """The weights, of which only the ratios within a module matter, where their sums exist."""
+    return np.array([near_one(row)[0] for row in request.weights])
+
+
 def _times(request: MergeRequest) -> np.ndarray:
     """t of every module."""
-    t, w = request.arguments["t"], request.weights
+    t, w = request.arguments["t"], _shares(request)
     if t is None:
         if (w < 0).any() or (w.sum(1) == 0).any():
             raise InputError(

@@ -53,6 +53,8 @@ def _flattened(m: MergedModule, request: MergeRequest) -> MergedModule:
     sigma = np.linalg.norm(b, axis=0)  # descending; a has orthonormal rows
     if not np.isfinite(sigma).all():
         return replace(m, norm=math.inf)  # which is refused by the module's name
+    if m.norm > 0 and m.rank_before and not sigma.any():
+        return m  # likewise, as what float32 rounds to nothing
     full = int(np.count_nonzero(sigma > request.arguments["tolerance"] * sigma[0]))
     kept = full if request.rank is None else min(full, request.rank)
     if request.energy is not None:

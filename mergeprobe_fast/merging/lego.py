@@ -9,7 +9,13 @@ import numpy as np
 
 from mergeprobe_fast.merging.arguments import flag, whole
 from mergeprobe_fast.merging.atoms import Atoms, batches, inner
-from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
+from mergeprobe_fast.merging.methods import (
+    Argument,
+    MergedModule,
+    MergeMethod,
+    MergeRequest,
+    near_one,
+)
 from mergeprobe_fast.merging.source import ModuleFactors
 from mergeprobe_fast.merging.truncate import Sum, product, truncate
 from mergeprobe_fast.ops.tiles_rule import stream
@@ -52,10 +58,10 @@ def lora_lego(request: MergeRequest) -> Iterator[MergedModule]:
 
 def _assembled(request: MergeRequest, m: ModuleFactors, atoms: Atoms, wanted: int) -> Sum:
     given = request.arguments
-    weights = request.weights_of(m)
+    weights, up = near_one(request.weights_of(m))
     atoms = atoms.select(atoms.spread(weights) != 0)
     weights = atoms.spread(weights)
-    sigma = atoms.sigma * np.abs(weights)
+    sigma, more = near_one(atoms.sigma * np.abs(weights))
     order = np.argsort(-sigma, kind="stable")  # whatever the order of the adapters
     root = np.sqrt(sigma[order])[:, None]
     left, right = atoms.left[order], atoms.right[order]
@@ -76,7 +82,9 @@ def _assembled(request: MergeRequest, m: ModuleFactors, atoms: Atoms, wanted: in
         scale = scale * math.sqrt(len(gram) / having / len(means))
     b, a = (inner(means, side.T, threads, device) for side in (left, right))
     details = {"clusters": len(means), "within": spread}
-    return product(m.module, (b * scale[:, None]).T, a, request.members(m), details)
+    whole = product(m.module, (b * scale[:, None]).T, a, request.members(m), details)
+    whole.segments["scale"] *= np.ldexp(1.0, max(-1000, min(1000, up + more)))
+    return whole
 
 
 def clusters(

@@ -156,6 +156,12 @@ class MergeMethod:
         return (self.run.__doc__ or "").strip().partition("\n")[0]
 
 
+def near_one(weights: np.ndarray) -> tuple[np.ndarray, int]:
+    """(weights / 2^e, e): the largest near 1, exactly, so that sums and squares stay in range."""
+    exponent = int(np.frexp(np.abs(weights).max(initial=0.0))[1])
+    return np.ldexp(weights, -exponent), exponent
+
+
 def pad_rank(matrix: np.ndarray, rank: int, axis: int) -> np.ndarray:
     """Zeros appended up to ``rank`` along ``axis``."""
     missing = rank - matrix.shape[axis]

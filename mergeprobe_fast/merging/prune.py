@@ -13,7 +13,13 @@ from mergeprobe_fast.merging.activation import Recent, calibration_of, inputs, p
 from mergeprobe_fast.merging.arguments import flag, number
 from mergeprobe_fast.merging.atom_weights import AtomProblem, Scale, seen_by
 from mergeprobe_fast.merging.atoms import atoms
-from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
+from mergeprobe_fast.merging.methods import (
+    Argument,
+    MergedModule,
+    MergeMethod,
+    MergeRequest,
+    near_one,
+)
 from mergeprobe_fast.merging.source import ModuleFactors, each_module
 from mergeprobe_fast.merging.truncate import Sum, product, truncate
 from mergeprobe_fast.zoo import Module
@@ -51,7 +57,7 @@ def prune(request: MergeRequest) -> Iterator[MergedModule]:
     calibration, arguments = calibration_of(request), request.arguments
     require(calibration, request.source.modules)
     scale = Scale(calibration, arguments["relative"] and calibration.has_output_moments)
-    off, recent = arguments["off_diagonal"], Recent(request.threads)
+    off, recent = arguments["off_diagonal"], Recent(request.workers)
     domains = tuple(dict.fromkeys(request.domains))
 
     def shared(m: ModuleFactors) -> str:
@@ -69,12 +75,12 @@ def prune(request: MergeRequest) -> Iterator[MergedModule]:
     lambdas = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
 
     def merged(m: ModuleFactors) -> MergedModule:
-        whole = _pruned(request, m, seen, request.weights[m.index] * lambdas)
+        whole = _pruned(request, m, seen, near_one(request.weights[m.index])[0] * lambdas)
         pad = request.rank is not None
         (cut,) = truncate([whole], request.rank, request.energy, 1, pad=pad, device=request.device)
         return cut
 
-    yield from each_module(request.chunks(), merged, request.threads, shared)
+    yield from each_module(request.chunks(), merged, request.workers, shared)
 
 
 _Seen = Callable[[np.ndarray, str, ModuleFactors], np.ndarray]
@@ -104,7 +110,7 @@ def _energies(
 
     total = np.zeros(len(request.domains))
     for part in each_module(
-        request.source.chunks(request.threads), of_module, request.threads, shared
+        request.source.chunks(request.threads), of_module, request.workers, shared
     ):
         total += part
     return total

@@ -18,7 +18,13 @@ from mergeprobe_fast.merging.activation import (
 )
 from mergeprobe_fast.merging.algebra import dot
 from mergeprobe_fast.merging.arguments import choice
-from mergeprobe_fast.merging.methods import Argument, MergedModule, MergeMethod, MergeRequest
+from mergeprobe_fast.merging.methods import (
+    Argument,
+    MergedModule,
+    MergeMethod,
+    MergeRequest,
+    near_one,
+)
 from mergeprobe_fast.merging.source import ModuleFactors, each_module
 from mergeprobe_fast.merging.weighted_svd import Cut, SeenDelta
 
@@ -57,7 +63,7 @@ def regmean(request: MergeRequest) -> Iterator[MergedModule]:
 
 def _merged(request: MergeRequest, metrics: Metrics, m: ModuleFactors) -> MergedModule:
     taking_part = m.adapters if request.arguments["absent"] == "skip" else slice(None)
-    lam = request.weights[m.index]
+    lam = near_one(request.weights[m.index])[0]
     domains = np.array(request.domains, object)
     metric = metrics.of(m.module, pooled(lam[taking_part], domains[taking_part]))
     lam = lam / lam[taking_part].sum()

@@ -70,6 +70,9 @@ def truncate(
     Exact: QR-like bases of the stacked factors and an SVD of their core, in float64; on the
     ``device`` if there is one, by the same rule for the rank.
     """
+    for s in sums:
+        if not np.isfinite(s.segments["scale"]).all():
+            raise InputError("the merged update overflows float32", key=s.module.name)
     if device is not None:
         return _truncate_there(sums, rank, energy, device, pad=pad)
     bounds = np.concatenate([[0], np.cumsum([len(s.segments) for s in sums])]).astype(np.int64)
@@ -118,11 +121,6 @@ def _truncate_there(
     sums: Sequence[Sum], rank: int | None, energy: float | None, device: Any, *, pad: bool
 ) -> list[MergedModule]:
     from mergeprobe_fast.kernels.factors import canonical_forms
-
-    for s in sums:
-        if not np.isfinite(s.segments["scale"]).all():
-            raise InputError(f"the merged update cannot be factorised: {STATUS[3]}",
-                             key=s.module.name)  # fmt: skip
 
     def choose(_: int, sigma: np.ndarray, found: int) -> int:
         return min(found if rank is None else min(rank, found), _share(sigma, energy))

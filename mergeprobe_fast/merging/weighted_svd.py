@@ -10,7 +10,13 @@ import numpy as np
 
 from mergeprobe_fast.merging.activation import ARGUMENTS, Metric, Metrics, pooled
 from mergeprobe_fast.merging.algebra import dot, eigh, gram, qr
-from mergeprobe_fast.merging.methods import MergedModule, MergeMethod, MergeRequest, pad_rank
+from mergeprobe_fast.merging.methods import (
+    MergedModule,
+    MergeMethod,
+    MergeRequest,
+    near_one,
+    pad_rank,
+)
 from mergeprobe_fast.merging.source import ModuleFactors, each_module
 from mergeprobe_fast.merging.truncate import share_rank
 from mergeprobe_fast.zoo import Module
@@ -39,13 +45,14 @@ def weighted_svd(request: MergeRequest) -> Iterator[MergedModule]:
 
     def merged(m: ModuleFactors) -> MergedModule:
         metric = metrics.of(m.module, shares)
-        scales = m.scales * request.weights_of(m)
+        weights, up = near_one(request.weights_of(m))
+        scales = m.scales * weights
         b = np.concatenate([f.wide() for f in m.b], axis=1)
         a = np.concatenate([f.wide() * s for f, s in zip(m.a, scales, strict=True)])
         x = metric.scaled(a)
         delta = SeenDelta(b, x, metric.seen(x), metric, request.device)
         width = rank if request.energy is None else None
-        return delta.cut(rank, request.energy).module(m.module, request.members(m), width)
+        return delta.cut(rank, request.energy).module(m.module, request.members(m), width, up=up)
 
     yield from each_module(request.chunks(), merged, request.workers, metrics.shared)
 
@@ -137,19 +144,23 @@ class Cut:
 
     def module(
         self, module: Module, members: tuple[str, ...], width: int | None,
-        details: dict[str, object] | None = None,
+        details: dict[str, object] | None = None, *, up: int = 0,
     ) -> MergedModule:  # fmt: skip
-        """b = U times sigma, a = right rows of unit length, at least ``width`` (or 1) of them."""
+        """b = U times sigma, a = right rows of unit length, at least ``width`` (or 1) of them.
+
+        All of it times 2^up.
+        """
         right = dot(self.kept.T @ self.delta.basis.r, self.delta.a, self.delta.device)
         sigma = np.linalg.norm(right, axis=1)
         right = right / np.where(sigma > 0, sigma, 1.0)[:, None]
         left = self.delta.basis.expand(self.kept) * sigma
         with np.errstate(over="ignore"):  # checked for every method at once
-            a, b = right.astype(np.float32), left.astype(np.float32)
+            a, b = right.astype(np.float32), np.ldexp(left, up).astype(np.float32)
+            norm, lost = (float(np.ldexp(x, up)) for x in (self.norm, self.lost))
         width = max(1, width or 0)
         return MergedModule(
             module, pad_rank(a, width, 0), pad_rank(b, width, 1), members,
-            self.norm, self.lost, self.rank_before,
+            norm, lost, self.rank_before,
             {"activation_error_relative": self.relative, **(details or {})},
         )  # fmt: skip
 
